@@ -1,0 +1,498 @@
+//! Docker engines: the machine's own, shared by all, and private ones to stop, kill and freeze.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use bollard::Docker;
+use bollard::exec::{StartExecOptions, StartExecResults};
+use bollard::models::{ContainerCreateBody, ContainerSummary, ExecConfig};
+use bollard::query_parameters::{
+    CreateContainerOptions, ListContainersOptions, RemoveContainerOptions, RemoveImageOptions,
+};
+use futures::StreamExt;
+use tempfile::TempDir;
+
+use super::images::{self, Image};
+use super::process::{self, Signal, bound_to_this_thread, children_of};
+use super::wait::{PATIENCE, eventually, within};
+
+/// The label that names a container's job.
+pub(crate) const JOB_LABEL: &str = "worker-spawner.job-id";
+/// The label that names the daemon a container belongs to.
+pub(crate) const INSTANCE_LABEL: &str = "worker-spawner.instance";
+
+/// A way to an engine, with the questions tests ask it.
+#[derive(Clone)]
+pub(crate) struct Engine {
+    docker: Docker,
+    /// What DOCKER_HOST must be for the daemon to get to the same engine.
+    pub(crate) host: Option<String>,
+}
+
+impl Engine {
+    /// The engine the environment names, else the machine's own.
+    pub(crate) async fn shared() -> Self {
+        let host = std::env::var("DOCKER_HOST").ok();
+        let docker = Docker::connect_with_defaults().unwrap();
+        Self {
+            docker: docker
+                .negotiate_version()
+                .await
+                .expect("a Docker engine is needed"),
+            host,
+        }
+    }
+
+    /// The image's name on this engine, made if it was not there.
+    pub(crate) async fn image(&self, image: Image) -> String {
+        images::ensure(&self.docker, image).await
+    }
+
+    /// All containers, running or not, that are labelled as a job's.
+    pub(crate) async fn containers(&self) -> Vec<ContainerSummary> {
+        let filters = HashMap::from([("label".to_string(), vec![JOB_LABEL.to_string()])]);
+        let options = ListContainersOptions {
+            all: true,
+            filters: Some(filters),
+            ..Default::default()
+        };
+        self.docker.list_containers(Some(options)).await.unwrap()
+    }
+
+    /// The containers of the job `id`, running or not.
+    pub(crate) async fn containers_of(&self, id: &str) -> Vec<ContainerSummary> {
+        let mut all = self.containers().await;
+        all.retain(|container| label(container, JOB_LABEL) == Some(id));
+        all
+    }
+
+    /// Waits until a container of the job `id` runs, and returns the container's id.
+    pub(crate) async fn running(&self, id: &str) -> String {
+        within(&format!("a container of {id} runs"), PATIENCE, async {
+            loop {
+                if let Some(container) = self.running_now(id).await {
+                    return container;
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        })
+        .await
+    }
+
+    async fn running_now(&self, id: &str) -> Option<String> {
+        for container in self.containers_of(id).await {
+            let container = container.id?;
+            let inspected = self.docker.inspect_container(&container, None).await;
+            let state = inspected.ok().and_then(|inspected| inspected.state);
+            if state.and_then(|state| state.running) == Some(true) {
+                return Some(container);
+            }
+        }
+        None
+    }
+
+    /// Waits until nothing is left of the job `id`.
+    pub(crate) async fn gone(&self, id: &str) {
+        eventually(&format!("no container of {id} is left"), || async {
+            self.containers_of(id).await.is_empty()
+        })
+        .await;
+    }
+
+    /// Runs a command inside a running container, and returns what it printed.
+    pub(crate) async fn exec(&self, container: &str, command: &[&str]) -> String {
+        let config = ExecConfig {
+            cmd: Some(command.iter().map(ToString::to_string).collect()),
+            attach_stdout: Some(true),
+            attach_stderr: Some(true),
+            ..Default::default()
+        };
+        let exec = self.docker.create_exec(container, config).await.unwrap();
+        let started = self
+            .docker
+            .start_exec(&exec.id, None::<StartExecOptions>)
+            .await
+            .unwrap();
+        let StartExecResults::Attached { mut output, .. } = started else {
+            panic!("exec did not attach")
+        };
+        let mut printed = String::new();
+        while let Some(chunk) = output.next().await {
+            printed.push_str(&chunk.unwrap().to_string());
+        }
+        printed
+    }
+
+    pub(crate) fn docker(&self) -> &Docker {
+        &self.docker
+    }
+
+    /// Removes every container `matches` picks. For `Drop`, which cannot await: runs on a thread
+    /// and a runtime of its own, and never panics.
+    pub(crate) fn remove_containers_blocking(
+        &self,
+        matches: impl Fn(&ContainerSummary) -> bool + Send,
+    ) {
+        let host = self.host.clone();
+        on_own_runtime(async move {
+            let Some(docker) = connect(host.as_deref()) else {
+                return;
+            };
+            let filters = HashMap::from([("label".to_string(), vec![JOB_LABEL.to_string()])]);
+            let options = ListContainersOptions {
+                all: true,
+                filters: Some(filters),
+                ..Default::default()
+            };
+            // A call of the killed daemon's may still be under way in the engine: look again after
+            // there was something to remove.
+            for _ in 0..5 {
+                let Ok(all) = docker.list_containers(Some(options.clone())).await else {
+                    return;
+                };
+                let left: Vec<String> = all
+                    .into_iter()
+                    .filter(&matches)
+                    .filter_map(|container| container.id)
+                    .collect();
+                if left.is_empty() {
+                    return;
+                }
+                for id in left {
+                    let options = RemoveContainerOptions {
+                        force: true,
+                        v: true,
+                        ..Default::default()
+                    };
+                    // The daemon may have been faster; what matters is that it is gone.
+                    let _ = docker.remove_container(&id, Some(options)).await;
+                }
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        });
+    }
+
+    /// Removes the image `name` when the returned guard is dropped.
+    pub(crate) fn remove_later(&self, name: &str) -> ImageGuard {
+        ImageGuard {
+            host: self.host.clone(),
+            name: name.to_string(),
+        }
+    }
+
+    /// Makes a container that is no daemon's, with labels that look a little like one's.
+    pub(crate) async fn foreign_container(&self) -> ForeignContainer {
+        let labels = HashMap::from([
+            ("worker-spawner".to_string(), "1".to_string()),
+            (
+                "com.example.worker-spawner.instance".to_string(),
+                "gone".to_string(),
+            ),
+        ]);
+        let body = ContainerCreateBody {
+            image: Some(self.image(Image::Busybox).await),
+            cmd: Some(vec!["sleep".into(), "1000".into()]),
+            labels: Some(labels),
+            network_disabled: Some(true),
+            ..Default::default()
+        };
+        let options = CreateContainerOptions {
+            name: Some(format!("worker-spawner-look-alike-{}", super::unique())),
+            ..Default::default()
+        };
+        let id = self
+            .docker
+            .create_container(Some(options), body)
+            .await
+            .unwrap()
+            .id;
+        ForeignContainer {
+            host: self.host.clone(),
+            id,
+        }
+    }
+}
+
+/// The value of `container`'s label `name`.
+pub(crate) fn label<'a>(container: &'a ContainerSummary, name: &str) -> Option<&'a str> {
+    container.labels.as_ref()?.get(name).map(String::as_str)
+}
+
+/// Removes a pulled image in the end.
+pub(crate) struct ImageGuard {
+    host: Option<String>,
+    name: String,
+}
+
+impl Drop for ImageGuard {
+    fn drop(&mut self) {
+        let (host, name) = (self.host.clone(), self.name.clone());
+        on_own_runtime(async move {
+            let Some(docker) = connect(host.as_deref()) else {
+                return;
+            };
+            let options = RemoveImageOptions {
+                force: true,
+                ..Default::default()
+            };
+            // Not there means not pulled, which is as good.
+            let _ = docker.remove_image(&name, Some(options), None).await;
+        });
+    }
+}
+
+/// A container of a test's own, removed in the end.
+pub(crate) struct ForeignContainer {
+    host: Option<String>,
+    pub(crate) id: String,
+}
+
+impl Drop for ForeignContainer {
+    fn drop(&mut self) {
+        let (host, id) = (self.host.clone(), self.id.clone());
+        on_own_runtime(async move {
+            let Some(docker) = connect(host.as_deref()) else {
+                return;
+            };
+            let options = RemoveContainerOptions {
+                force: true,
+                ..Default::default()
+            };
+            // The test has said already what it thinks of its being gone.
+            let _ = docker.remove_container(&id, Some(options)).await;
+        });
+    }
+}
+
+fn connect(host: Option<&str>) -> Option<Docker> {
+    match host {
+        Some(host) => Docker::connect_with_host(host).ok(),
+        None => Docker::connect_with_defaults().ok(),
+    }
+}
+
+fn on_own_runtime(work: impl Future<Output = ()> + Send) {
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            // A frozen engine must not hang the test's end as well.
+            let _ = runtime
+                .block_on(async { tokio::time::timeout(Duration::from_secs(30), work).await });
+        });
+    });
+}
+
+/// An engine of the test's own, in network, mount and process namespaces of its own: a second one
+/// in the shared network namespace would fight over the bridge. Ending the first process of the
+/// namespaces takes the engine, its containerd, its shims, its containers and its mounts with it.
+pub(crate) struct PrivateEngine {
+    dir: TempDir,
+    cgroup: String,
+    holder: Child,
+    init: u32,
+    /// The `nsenter` that started the engine, and the engine.
+    dockerd: Option<(Child, u32)>,
+}
+
+impl PrivateEngine {
+    pub(crate) async fn start() -> Self {
+        let mut engine = Self::absent().await;
+        engine.restart().await;
+        engine
+    }
+
+    /// All of an engine but the engine.
+    pub(crate) async fn absent() -> Self {
+        let dir = tempfile::Builder::new()
+            .prefix("engine-")
+            .tempdir()
+            .unwrap();
+        let holder = bound_to_this_thread("unshare")
+            .args([
+                "--kill-child=KILL",
+                "--pid",
+                "--fork",
+                "--mount",
+                "--net",
+                "--mount-proc",
+            ])
+            // A shell in wait reaps what is orphaned to it.
+            .args(["sh", "-c", "while :; do sleep 1000; done"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("setpriv and unshare are needed");
+        let cgroup = format!("/worker-spawner-test-{}", super::unique());
+        let mut engine = Self {
+            dir,
+            cgroup,
+            holder,
+            init: 0,
+            dockerd: None,
+        };
+        let parent = engine.holder.id();
+        eventually("the engine's namespaces exist", || async move {
+            // The name changes from unshare to sh once the namespaces and /proc are in place.
+            children_of(parent).first().is_some_and(|init| {
+                std::fs::read_to_string(format!("/proc/{init}/comm"))
+                    .is_ok_and(|name| name.trim() == "sh")
+            })
+        })
+        .await;
+        engine.init = children_of(parent)[0];
+        engine
+    }
+
+    /// Starts it, or starts it again on what it left. Returns when it answers.
+    pub(crate) async fn restart(&mut self) {
+        assert!(self.dockerd.is_none(), "the engine runs already");
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.path("dockerd.log"))
+            .unwrap();
+        let text = |name: &str| self.path(name).to_str().unwrap().to_string();
+        // A killed engine leaves its files; both would be in the next one's way.
+        let _ = std::fs::remove_file(self.path("dockerd.pid"));
+        let child = bound_to_this_thread("nsenter")
+            .args([
+                "--target",
+                &self.init.to_string(),
+                "--net",
+                "--mount",
+                "--pid",
+                "dockerd",
+            ])
+            .args(["--bridge=none", "--iptables=false", "--ip6tables=false"])
+            .args(["--data-root", &text("data"), "--exec-root", &text("exec")])
+            .args(["--pidfile", &text("dockerd.pid"), "--host", &self.host()])
+            .args(["--cgroup-parent", &self.cgroup])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .expect("nsenter and dockerd are needed");
+        let parent = child.id();
+        eventually("nsenter has started the engine", || async move {
+            !children_of(parent).is_empty()
+        })
+        .await;
+        let pid = children_of(parent)[0];
+        self.dockerd = Some((child, pid));
+        eventually("the private engine answers", || async {
+            // Without a socket there is not even a client.
+            match Docker::connect_with_unix(&self.host(), 5, bollard::API_DEFAULT_VERSION) {
+                Ok(docker) => docker.negotiate_version().await.is_ok(),
+                Err(_) => false,
+            }
+        })
+        .await;
+    }
+
+    /// Asks it to stop, as a package upgrade does, and waits until it has.
+    pub(crate) async fn stop(&mut self) {
+        let (mut child, pid) = self.dockerd.take().unwrap();
+        process::send(pid, Signal::TERM);
+        let ended = process::exit_of(&mut child, PATIENCE).await;
+        assert!(ended.is_some(), "the engine did not stop");
+    }
+
+    /// Kills it; its containers live on in the care of their shims.
+    pub(crate) async fn kill(&mut self) {
+        let (mut child, pid) = self.dockerd.take().unwrap();
+        process::send(pid, Signal::KILL);
+        let ended = process::exit_of(&mut child, PATIENCE).await;
+        assert!(ended.is_some(), "the engine did not die");
+    }
+
+    /// Suspends it: its socket accepts, nothing answers.
+    pub(crate) fn freeze(&self) {
+        process::send(self.dockerd.as_ref().unwrap().1, Signal::STOP);
+    }
+
+    pub(crate) fn thaw(&self) {
+        process::send(self.dockerd.as_ref().unwrap().1, Signal::CONT);
+    }
+
+    pub(crate) fn host(&self) -> String {
+        format!("unix://{}", self.path("docker.sock").display())
+    }
+
+    /// The way to this engine, which must run.
+    pub(crate) async fn engine(&self) -> Engine {
+        let docker =
+            Docker::connect_with_unix(&self.host(), 60, bollard::API_DEFAULT_VERSION).unwrap();
+        Engine {
+            docker: docker.negotiate_version().await.unwrap(),
+            host: Some(self.host()),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+}
+
+impl Drop for PrivateEngine {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = std::fs::read_to_string(self.path("dockerd.log")).unwrap_or_default();
+            let tail: Vec<&str> = log.lines().rev().take(60).collect();
+            eprintln!("--- end of the private engine's log");
+            for line in tail.iter().rev() {
+                eprintln!("{line}");
+            }
+        }
+        if self.init == 0 {
+            process::end(&mut self.holder);
+        } else {
+            // The kernel ends everything in the namespaces before the first process of them, and
+            // unshare ends after that one.
+            process::send(self.init, Signal::KILL);
+            let _ = self.holder.wait();
+        }
+        if let Some((mut child, _)) = self.dockerd.take() {
+            process::end(&mut child);
+        }
+        // Only the control groups are outside of the namespaces and stay.
+        for _ in 0..100 {
+            if remove_cgroups(&self.cgroup) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+/// Removes the control groups called `name` from all hierarchies; false while one is still busy.
+fn remove_cgroups(name: &str) -> bool {
+    let mut roots = vec![PathBuf::from("/sys/fs/cgroup")];
+    roots.extend(
+        std::fs::read_dir("/sys/fs/cgroup")
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path()),
+    );
+    roots
+        .iter()
+        .map(|root| root.join(&name[1..]))
+        .filter(|group| group.is_dir())
+        .all(|group| remove_tree(&group))
+}
+
+fn remove_tree(group: &Path) -> bool {
+    for entry in std::fs::read_dir(group).into_iter().flatten().flatten() {
+        if entry.path().is_dir() && !remove_tree(&entry.path()) {
+            return false;
+        }
+    }
+    std::fs::remove_dir(group).is_ok()
+}
