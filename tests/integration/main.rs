@@ -8,5 +8,16 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[expect(dead_code, reason = "the tests that use it follow")]
 mod support;
+
+mod commands;
+mod confinement;
+mod connections;
+mod faults;
+mod images;
+mod lifecycle;
+mod limits;
+mod load;
+mod outputs;
+mod requests;
+mod settings;

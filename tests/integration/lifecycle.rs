@@ -1,0 +1,275 @@
+//! How a daemon ends, and what the next one finds.
+
+use futures::future::join_all;
+use serde_json::json;
+
+use crate::support::daemon::Daemon;
+use crate::support::engine::{INSTANCE_LABEL, JOB_LABEL, label};
+use crate::support::process::Signal;
+use crate::support::results::header;
+use crate::support::wait::eventually;
+use crate::support::world::{World, held};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn an_idle_daemon_ends_when_asked() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut world = World::start(&[]).await;
+        world.works(2).await;
+        world.daemon.signal(signal);
+        let status = world.daemon.exit().await;
+        assert_eq!(
+            status.code(),
+            Some(0),
+            "{signal:?}: {}",
+            world.daemon.log().text()
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn what_runs_is_finished_and_what_waits_is_given_back() {
+    let mut world = World::start(&[("MAX_CONTAINERS", "2")]).await;
+    let running = [world.hold().await, world.hold().await];
+    let mut waiting = Vec::new();
+    for _ in 0..5 {
+        waiting.push(world.submit(json!({"parameter": "echo too late"})).await);
+    }
+    world.daemon.signal(Signal::TERM);
+    for id in &waiting {
+        let message = world.results.wait_for(id).await;
+        assert_eq!(
+            header(&message, "Job-Status").as_deref(),
+            Some("error"),
+            "{:?}",
+            message.headers
+        );
+        assert_eq!(
+            header(&message, "Job-Error").as_deref(),
+            Some("worker.shutting_down"),
+            "{:?}",
+            message.headers
+        );
+    }
+    // It takes nothing more, which the server knows once the daemon has said so.
+    eventually("nobody listens any more", || async {
+        let (_, request) = world.complete(json!({"parameter": "true"}));
+        let asked = world
+            .client
+            .request("functions.run", request.to_string().into())
+            .await;
+        asked.is_err_and(|error| error.kind() == async_nats::RequestErrorKind::NoResponders)
+    })
+    .await;
+    for held in &running {
+        world.release(held).await;
+    }
+    let status = world.daemon.exit().await;
+    assert_eq!(status.code(), Some(0), "{}", world.daemon.log().text());
+    for held in &running {
+        assert_eq!(world.results.wait_for(&held.id).await.payload, "released\n");
+    }
+    assert!(
+        world.containers().await.is_empty(),
+        "it cleans up before it goes"
+    );
+    assert!(
+        world.tally().values().all(|count| *count == 1),
+        "{:?}",
+        world.tally()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn what_does_not_finish_in_time_is_stopped_and_told() {
+    let mut world = World::start(&[("SHUTDOWN_GRACE", "2s"), ("STOP_GRACE", "1s")]).await;
+    let polite = world.hold_with(json!({})).await;
+    let stubborn = world
+        .submit(json!({"parameter": ["sh", "-c", "trap '' TERM; echo stubborn; while :; do sleep 1; done"]}))
+        .await;
+    world.engine.running(&stubborn).await;
+    world.daemon.signal(Signal::TERM);
+    let status = world.daemon.exit().await;
+    assert_eq!(status.code(), Some(0), "{}", world.daemon.log().text());
+    for id in [&polite.id, &stubborn] {
+        let message = world.results.wait_for(id).await;
+        assert_eq!(
+            header(&message, "Job-Status").as_deref(),
+            Some("error"),
+            "{:?}",
+            message.headers
+        );
+        assert_eq!(
+            header(&message, "Job-Error").as_deref(),
+            Some("job.stopped"),
+            "{:?}",
+            message.headers
+        );
+    }
+    assert!(
+        world.containers().await.is_empty(),
+        "it cleans up before it goes"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_second_signal_is_obeyed_at_once() {
+    for second in [Signal::TERM, Signal::INT] {
+        let mut world = World::start(&[("SHUTDOWN_GRACE", "1h")]).await;
+        let held = world.hold().await;
+        world.daemon.signal(Signal::TERM);
+        // Both must be noticed as two: the second is sent when the first has had its effect.
+        eventually("the first signal is being obeyed", || async {
+            let (_, request) = world.complete(json!({"parameter": "true"}));
+            world
+                .client
+                .request("functions.run", request.to_string().into())
+                .await
+                .is_err()
+        })
+        .await;
+        world.daemon.signal(second);
+        let status = world.daemon.exit().await;
+        assert!(!status.success(), "work was given up: {status:?}");
+        world.daemon = Daemon::spawn(&world.settings);
+        world.daemon.wait_ready().await;
+        world.engine.gone(&held.id).await;
+        world.works(5).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_killed_daemon_leaves_nothing_the_next_does_not_remove() {
+    let mut world = World::start(&[]).await;
+    let jobs = join_all((0..3).map(|_| world.hold())).await;
+    world.daemon.crash().await;
+    assert_eq!(world.containers().await.len(), 3, "they outlive it");
+    world.daemon = Daemon::spawn(&world.settings);
+    world.daemon.wait_ready().await;
+    for held in &jobs {
+        world.engine.gone(&held.id).await;
+    }
+    world.works(5).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_daemon_killed_at_any_moment_leaves_nothing_for_good() {
+    let mut world = World::start(&[]).await;
+    // The moments: while containers are made, started, running, removed.
+    for results in [0, 1, 3, 6, 10, 15] {
+        let before = world.results.all().len();
+        for _ in 0..20 {
+            world.submit(json!({"parameter": "true"})).await;
+        }
+        world
+            .results
+            .wait_for_count(before + results, crate::support::wait::PATIENCE)
+            .await;
+        world.crash_and_restart().await;
+    }
+    world.clean().await;
+    world.works(5).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_live_neighbours_containers_are_left_alone() {
+    let neighbour = World::start(&[("REAP_INTERVAL", "1s")]).await;
+    let theirs = neighbour.hold().await;
+    // One that is not running yet or any more must not look abandoned either.
+    let mut world = World::start(&[("REAP_INTERVAL", "1s")]).await;
+    let ours = world.hold().await;
+    let instances: Vec<String> = [&theirs, &ours]
+        .iter()
+        .map(|held| {
+            let found = futures::executor::block_on(world.engine.containers_of(&held.id));
+            label(&found[0], INSTANCE_LABEL).unwrap().to_string()
+        })
+        .collect();
+    assert_ne!(instances[0], instances[1]);
+    world.crash_and_restart().await;
+    world.engine.gone(&ours.id).await;
+    // By now the new daemon has looked at all there is at least once.
+    neighbour.works(2).await;
+    let left = neighbour.engine.containers_of(&theirs.id).await;
+    assert_eq!(left.len(), 1, "the neighbour's is there");
+    neighbour.release(&theirs).await;
+    assert_eq!(
+        neighbour.results.wait_for(&theirs.id).await.payload,
+        "released\n"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn containers_of_nobodys_are_not_touched() {
+    let world = World::start(&[("REAP_INTERVAL", "1s")]).await;
+    let foreign = world.engine.foreign_container().await;
+    let ours = world.hold().await;
+    world.release(&ours).await;
+    world.engine.gone(&ours.id).await;
+    let mut second = Daemon::spawn(&world.settings);
+    second.wait_ready().await;
+    world.works(5).await;
+    let left = world
+        .engine
+        .docker()
+        .inspect_container(&foreign.id, None)
+        .await;
+    assert!(
+        left.is_ok(),
+        "a container with labels of somebody else's is gone"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_container_removed_from_outside_does_not_keep_its_slot() {
+    let world = World::start(&[("MAX_CONTAINERS", "1"), ("MAX_DELIVER", "1")]).await;
+    let id = world.submit(held(json!({}))).await;
+    let container = world.engine.running(&id).await;
+    let options = bollard::query_parameters::RemoveContainerOptions {
+        force: true,
+        ..Default::default()
+    };
+    world
+        .engine
+        .docker()
+        .remove_container(&container, Some(options))
+        .await
+        .unwrap();
+    let message = world.results.wait_for(&id).await;
+    let status = header(&message, "Job-Status").unwrap();
+    assert_ne!(status, "succeeded", "{:?}", message.headers);
+    world.works(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_container_killed_from_outside_is_reported_as_killed() {
+    let world = World::start(&[]).await;
+    let held = world.hold().await;
+    world
+        .engine
+        .docker()
+        .kill_container(&held.container, None)
+        .await
+        .unwrap();
+    let message = world.results.wait_for(&held.id).await;
+    assert_eq!(
+        header(&message, "Job-Status").as_deref(),
+        Some("failed"),
+        "{:?}",
+        message.headers
+    );
+    assert_eq!(
+        header(&message, "Job-Exit-Code").as_deref(),
+        Some("137"),
+        "{:?}",
+        message.headers
+    );
+    world.engine.gone(&held.id).await;
+    assert!(
+        world
+            .engine
+            .containers()
+            .await
+            .iter()
+            .all(|left| label(left, JOB_LABEL) != Some(&held.id))
+    );
+}
