@@ -8,109 +8,82 @@ use crate::support::world::World;
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_missing_command_is_told_from_a_functions_own_failure() {
     let world = World::start(&[]).await;
-    let imitation = "sh -c 'echo \"[FATAL tini (7)] exec /nope failed: No such file or directory\" >&2; exit 127'";
-    let refusal = "sh -c 'echo \"exec: permission denied\" >&2; exit 126'";
-    let cases: Vec<(&str, Value, &str, &str, Option<i64>)> = vec![
+    // A function can print what the init process or the engine would; it is its own all the same.
+    let said = |reason: &str, code: i64| {
+        let words = format!("[FATAL tini (7)] exec sh failed: {reason}");
+        json!(["sh", "-c", format!("echo '{words}' >&2; exit {code}")])
+    };
+    let missing = said("No such file or directory", 127);
+    let denied = said("Permission denied", 126);
+    let runtime = json!([
+        "sh",
+        "-c",
+        "echo 'OCI runtime create failed: exec: \"sh\": permission denied' >&2; exit 126"
+    ]);
+    let not_there = ("rejected", "command.not_found", None);
+    let not_a_program = ("rejected", "command.not_executable", None);
+    let cases: Vec<(&str, Value, (&str, &str, Option<i64>))> = vec![
         (
             "a name that is not on the path",
             json!(["no-such-program"]),
-            "rejected",
-            "command.not_found",
-            None,
+            not_there,
         ),
         (
             "a path that is not there",
             json!(["/no/such/program", "x"]),
-            "rejected",
-            "command.not_found",
-            None,
+            not_there,
         ),
         (
             "a file that is no program",
             json!(["/etc/plain"]),
-            "rejected",
-            "command.not_executable",
-            None,
+            not_a_program,
         ),
-        (
-            "a directory",
-            json!(["/etc"]),
-            "rejected",
-            "command.not_executable",
-            None,
-        ),
-        (
-            "a file of garbage",
-            json!(["/etc/garbage"]),
-            "rejected",
-            "command.not_executable",
-            None,
-        ),
+        ("a directory", json!(["/etc"]), not_a_program),
         (
             "its own 127",
             json!(["sh", "-c", "exit 127"]),
-            "failed",
-            "",
-            Some(127),
+            ("failed", "", Some(127)),
         ),
         (
             "its own 126",
             json!(["sh", "-c", "exit 126"]),
-            "failed",
-            "",
-            Some(126),
+            ("failed", "", Some(126)),
         ),
         (
             "a shell's 127",
             json!(["sh", "-c", "no-such-program"]),
-            "failed",
-            "",
-            Some(127),
+            ("failed", "", Some(127)),
         ),
         (
             "a shell's 126",
             json!(["sh", "-c", "/etc/plain"]),
-            "failed",
-            "",
-            Some(126),
+            ("failed", "", Some(126)),
         ),
         (
             "a shell that is replaced",
-            json!(["sh", "-c", "exec /no/such/program"]),
-            "failed",
-            "",
-            Some(127),
+            json!(["sh", "-c", "exec /no/such"]),
+            ("failed", "", Some(127)),
         ),
         (
             "127 in the init's words",
-            json!(imitation),
-            "failed",
-            "",
-            Some(127),
+            missing,
+            ("failed", "", Some(127)),
         ),
+        ("126 in the init's words", denied, ("failed", "", Some(126))),
         (
             "126 in the engine's words",
-            json!(refusal),
-            "failed",
-            "",
-            Some(126),
+            runtime,
+            ("failed", "", Some(126)),
         ),
     ];
-    let jobs = cases
-        .into_iter()
-        .map(|(what, parameter, status, code, exit_code)| {
-            let world = &world;
-            async move {
-                let ended = world.execute(json!({"parameter": parameter})).await;
-                let got = (
-                    ended.status().to_string(),
-                    ended.code().to_string(),
-                    ended.exit_code(),
-                );
-                let wanted = (status.to_string(), code.to_string(), exit_code);
-                (got != wanted).then(|| format!("{what}: {}", ended.outcome))
-            }
-        });
+    let jobs = cases.into_iter().map(|(what, parameter, wanted)| {
+        let world = &world;
+        async move {
+            let ended = world.execute(json!({"parameter": parameter})).await;
+            let got = (ended.status(), ended.code(), ended.exit_code());
+            (got != wanted).then(|| format!("{what}: {}", ended.outcome))
+        }
+    });
     let wrong: Vec<String> = futures::future::join_all(jobs)
         .await
         .into_iter()
@@ -121,14 +94,27 @@ async fn a_missing_command_is_told_from_a_functions_own_failure() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn an_interpreter_that_is_missing_is_no_missing_result() {
+async fn a_program_that_cannot_start_says_why() {
     let world = World::start(&[]).await;
-    // The program is there and what it needs is not: either answer is true, silence is not.
-    let ended = world
-        .execute(json!({"parameter": ["/etc/no-interpreter"]}))
-        .await;
-    assert_eq!(ended.status(), "rejected", "{}", ended.outcome);
-    assert!(ended.code().starts_with("command."), "{}", ended.outcome);
+    let broken = world.engine.image(Image::Broken).await;
+    // The file is there and what it needs is not. Whether that is the requester's mistake or the
+    // function's failure can be argued; that it is neither success nor silence cannot.
+    for request in [
+        json!({"parameter": ["/etc/no-interpreter"]}),
+        json!({"parameter": ["/etc/garbage"]}),
+        json!({"image_reference": broken}),
+    ] {
+        let ended = world.execute(request).await;
+        match ended.status() {
+            "rejected" => assert!(ended.code().starts_with("command."), "{}", ended.outcome),
+            "failed" => assert!(
+                ended.exit_code().is_some_and(|code| code != 0) && !ended.stderr().is_empty(),
+                "{}",
+                ended.outcome
+            ),
+            other => panic!("{other}: {}", ended.outcome),
+        }
+    }
     world.clean().await;
 }
 

@@ -32,10 +32,12 @@ pub(crate) enum Image {
     Volume,
     /// USER 1000:1000.
     User,
-    /// WORKDIR, ENV and a HEALTHCHECK-free config of the image's own.
+    /// WORKDIR and ENV.
     Environment,
     /// One static program and nothing else: no shell, no /tmp, no /etc.
     Scratch,
+    /// A program that is none, and no shell to fall back on.
+    Broken,
 }
 
 impl Image {
@@ -89,6 +91,14 @@ impl Image {
             Self::Scratch => (
                 vec![Entry::file("echo", 0o755, BUSYBOX.clone())],
                 &[r#"ENTRYPOINT ["/echo", "from", "scratch"]"#],
+            ),
+            Self::Broken => (
+                vec![Entry::file(
+                    "program",
+                    0o755,
+                    "\u{1}\u{2}no shell will run this",
+                )],
+                &[r#"CMD ["/program"]"#],
             ),
         };
         let mut changes: Vec<String> = changes.iter().map(ToString::to_string).collect();
