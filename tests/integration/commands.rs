@@ -1,6 +1,6 @@
 //! What an image and a command can be: entry points, volumes, users, no shell, no such program.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::support::images::Image;
 use crate::support::world::World;
@@ -22,7 +22,7 @@ async fn a_missing_command_is_told_from_a_functions_own_failure() {
     ]);
     let not_there = ("rejected", "command.not_found", None);
     let not_a_program = ("rejected", "command.not_executable", None);
-    let cases: Vec<(&str, Value, (&str, &str, Option<i64>))> = vec![
+    let cases = [
         (
             "a name that is not on the path",
             json!(["no-such-program"]),

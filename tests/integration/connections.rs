@@ -119,7 +119,9 @@ async fn the_next_server_of_the_list_is_used_when_the_first_is_away() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn waiting_for_a_server_can_be_stopped() {
     let server = NatsServer::absent(NatsOptions::default());
-    let mut daemon = Daemon::spawn(&Settings::new().nats(&server));
+    // It has nothing to finish, so that it may not take long either.
+    let settings = Settings::new().nats(&server).set("SHUTDOWN_GRACE", "1h");
+    let mut daemon = Daemon::spawn(&settings);
     let log = daemon.log().clone();
     log.wait_for("it says that it waits", |event| event["level"] == "WARN")
         .await;

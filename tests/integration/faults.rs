@@ -8,7 +8,7 @@ use crate::support::images::Image;
 use crate::support::nats::{NatsOptions, NatsServer};
 use crate::support::process::Signal;
 use crate::support::results::{Results, header};
-use crate::support::world::{World, held};
+use crate::support::world::{World, held, listening};
 
 async fn world_on(private: &PrivateEngine, settings: &[(&str, &str)]) -> World {
     World::with(NatsOptions::default(), private.engine().await, settings).await
@@ -26,7 +26,7 @@ async fn requests_wait_for_an_engine_that_comes_later() {
         .nats(&server)
         .set("DOCKER_HOST", &private.host());
     let mut daemon = Daemon::spawn(&settings);
-    daemon.wait_ready().await;
+    listening(&client).await;
     for n in 0..8 {
         let request = json!({"id": format!("early-{n}"), "image_reference": image, "parameter": "echo worth it"});
         client
@@ -55,11 +55,12 @@ async fn a_daemon_without_an_engine_can_be_stopped() {
     let settings = Settings::new()
         .nats(&server)
         .set("DOCKER_HOST", &private.host())
-        .set("SHUTDOWN_GRACE", "5s");
+        // What has not begun is given back at once, however long running jobs may take.
+        .set("SHUTDOWN_GRACE", "1h");
     let client = server.client().await;
     let results = Results::subscribe(&client, "functions.results").await;
     let mut daemon = Daemon::spawn(&settings);
-    daemon.wait_ready().await;
+    listening(&client).await;
     let request = json!({"id": "in-vain", "image_reference": "any", "parameter": "true"});
     client
         .publish("functions.execute", request.to_string().into())

@@ -13,7 +13,7 @@ use crate::support::world::{World, held};
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn an_idle_daemon_ends_when_asked() {
     for signal in [Signal::TERM, Signal::INT] {
-        let mut world = World::start(&[]).await;
+        let mut world = World::start(&[("SHUTDOWN_GRACE", "1h")]).await;
         world.works(2).await;
         world.daemon.signal(signal);
         let status = world.daemon.exit().await;

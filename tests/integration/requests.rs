@@ -1,5 +1,7 @@
 //! What is asked for: good requests, bad requests, where the answers go.
 
+use std::time::Duration;
+
 use async_nats::HeaderMap;
 use futures::StreamExt;
 use serde_json::{Value, json};
@@ -274,6 +276,57 @@ async fn a_bad_request_is_rejected_with_the_field_that_is_wrong() {
     assert!(
         world.containers().await.is_empty(),
         "none of them got a container"
+    );
+    world.works(5).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_request_as_big_as_a_message_can_be_is_answered_within_one() {
+    let world = World::start(&[]).await;
+    let mut wrong = Vec::new();
+    for (what, field) in [
+        ("an image's name", "image_reference"),
+        ("a reply subject", "reply_to"),
+        ("a network", "network"),
+        ("a directory", "working_dir"),
+        ("a user", "user"),
+        ("an id", "id"),
+        ("a command", "parameter"),
+        ("a field nobody knows", ""),
+    ] {
+        // Characters that take twice their room once they are quoted again.
+        let mut request = json!({"image_reference": world.image, "parameter": "true"});
+        if field.is_empty() {
+            request["\"".repeat(450_000)] = json!(1);
+        } else {
+            request[field] = json!("\"".repeat(450_000));
+        }
+        let reply = world.client.new_inbox();
+        let mut answers = world.client.subscribe(reply.clone()).await.unwrap();
+        let (count, payload) = (world.results.all().len(), request.to_string());
+        world
+            .client
+            .publish_with_reply("functions.execute", reply, payload.into())
+            .await
+            .unwrap();
+        let answer = tokio::time::timeout(Duration::from_secs(20), answers.next()).await;
+        let outcome = answer
+            .ok()
+            .flatten()
+            .map(|answer| serde_json::from_slice::<Value>(&answer.payload).unwrap());
+        match &outcome {
+            None => wrong.push(format!("{what}: no answer")),
+            Some(outcome) if outcome["status"] != "rejected" => {
+                wrong.push(format!("{what}: {:.300}", outcome.to_string()))
+            }
+            Some(_) => world.results.wait_for_count(count + 1, PATIENCE).await,
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(
+        !world.nats.log().to_lowercase().contains("maximum payload"),
+        "{}",
+        world.nats.log()
     );
     world.works(5).await;
 }
@@ -624,6 +677,7 @@ async fn an_outcome_goes_to_every_subject_that_may_have_it() {
     for refused in [
         "answers",
         "elsewhere.x",
+        "other.placebo.x",
         "$JS.API.STREAM.PURGE.X",
         "functions.results",
     ] {
@@ -787,7 +841,7 @@ async fn a_request_without_a_reply_subject_is_answered_on_the_results_alone() {
     round_trip(&world.client).await;
     let mut subjects = Vec::new();
     while let Ok(Some(message)) =
-        tokio::time::timeout(std::time::Duration::from_millis(200), everything.next()).await
+        tokio::time::timeout(Duration::from_millis(200), everything.next()).await
     {
         subjects.push(message.subject.to_string());
     }

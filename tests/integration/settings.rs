@@ -48,7 +48,7 @@ async fn one_bad_setting_of_any_kind_is_a_refusal_to_start() {
         ("SUBJECT_PREFIX", "a.>"),
         ("SUBJECT_PREFIX", ".a"),
         ("QUEUE_GROUP", "a b"),
-        ("CONTAINER_NETWORK", "host"),
+        ("CONTAINER_NETWORK", "a b"),
         ("IMAGE_ALLOWLIST", "docker.io/[a"),
         ("REPLY_PREFIXES", "$JS.>"),
         ("NATS_NKEY_SEED_FILE", "/no/such/seed"),
