@@ -14,7 +14,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 
 use super::process::{self, Signal, bound_to_this_thread, free_port};
-use super::wait::eventually;
+use super::wait::{PATIENCE, eventually, within};
 
 /// How clients prove who they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -341,8 +341,8 @@ impl Drop for NatsServer {
 
 /// Returns when the server has seen everything `client` sent: an answer comes back only after it.
 pub(crate) async fn round_trip(client: &Client) {
-    let refused = client
-        .request("test.nobody.listens.here", "".into())
+    let asked = client.request("test.nobody.listens.here", "".into());
+    let refused = within("a round trip to the NATS server", PATIENCE, asked)
         .await
         .unwrap_err();
     assert_eq!(refused.kind(), async_nats::RequestErrorKind::NoResponders);
