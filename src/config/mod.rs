@@ -236,10 +236,7 @@ impl Config {
         // A variable that is no Unicode cannot be one of ours, except by mistake: it is passed on
         // with the bad bytes replaced, so that the parser names it.
         Self::from_vars(std::env::vars_os().map(|(name, value)| {
-            (
-                name.to_string_lossy().into_owned(),
-                value.to_string_lossy().into_owned(),
-            )
+            (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned())
         }))
     }
 
@@ -253,9 +250,8 @@ impl Config {
         let ours = vars.into_iter().filter(|(name, value)| {
             !value.trim().is_empty() && settings::SETTINGS.iter().any(|s| s.name == name)
         });
-        let raw: Raw = envy::from_iter(ours).map_err(|e| ConfigError {
-            problems: vec![e.to_string()],
-        })?;
+        let raw: Raw =
+            envy::from_iter(ours).map_err(|e| ConfigError { problems: vec![e.to_string()] })?;
         let mut problems = Problems::default();
         let config = Self::from_raw(raw, &mut problems);
         match problems.into_lines() {
@@ -272,22 +268,12 @@ impl Config {
             creds_file: p.readable_file("NATS_CREDS_FILE", raw.nats_creds_file),
             nkey_seed: p.nkey_seed("NATS_NKEY_SEED_FILE", raw.nats_nkey_seed_file),
             user: p
-                .pair(
-                    "NATS_USER",
-                    raw.nats_user,
-                    "NATS_PASSWORD",
-                    raw.nats_password,
-                )
+                .pair("NATS_USER", raw.nats_user, "NATS_PASSWORD", raw.nats_password)
                 .map(|(user, password)| (user, Secret::new(password))),
             token: raw.nats_token.map(Secret::new),
             tls_ca: p.readable_file("NATS_TLS_CA", raw.nats_tls_ca),
             tls_client: p
-                .pair(
-                    "NATS_TLS_CERT",
-                    raw.nats_tls_cert,
-                    "NATS_TLS_KEY",
-                    raw.nats_tls_key,
-                )
+                .pair("NATS_TLS_CERT", raw.nats_tls_cert, "NATS_TLS_KEY", raw.nats_tls_key)
                 .and_then(|(cert, key)| {
                     let cert = p.readable_file("NATS_TLS_CERT", Some(cert));
                     cert.zip(p.readable_file("NATS_TLS_KEY", Some(key)))

@@ -22,11 +22,7 @@ pub(super) async fn lookup(registry: &str) -> Result<Option<DockerCredentials>, 
 fn find(registry: &str) -> Result<Option<DockerCredentials>, String> {
     let keys = match registry {
         "docker.io" => vec![DEFAULT_REGISTRY_KEY.to_owned()],
-        other => vec![
-            other.to_owned(),
-            format!("https://{other}"),
-            format!("http://{other}"),
-        ],
+        other => vec![other.to_owned(), format!("https://{other}"), format!("http://{other}")],
     };
     for key in keys {
         match docker_credential::get_credential(&key) {
@@ -60,9 +56,7 @@ fn find(registry: &str) -> Result<Option<DockerCredentials>, String> {
                 }
             }
             Err(CredentialRetrievalError::HelperCommunicationError) => {
-                return Err(format!(
-                    "the credential helper for {registry} cannot be run"
-                ));
+                return Err(format!("the credential helper for {registry} cannot be run"));
             }
             Err(other) => return Err(format!("the Docker configuration file: {other}")),
         }
@@ -73,6 +67,5 @@ fn find(registry: &str) -> Result<Option<DockerCredentials>, String> {
 fn config_file_exists() -> bool {
     let dir = std::env::var_os("DOCKER_CONFIG").map(std::path::PathBuf::from);
     let home = || std::env::var_os("HOME").map(|home| std::path::Path::new(&home).join(".docker"));
-    dir.or_else(home)
-        .is_some_and(|dir| dir.join("config.json").exists())
+    dir.or_else(home).is_some_and(|dir| dir.join("config.json").exists())
 }

@@ -85,10 +85,7 @@ impl Store {
     async fn inspect(&self, full: &str) -> Result<Image, CallError> {
         let image = self
             .engine
-            .call(
-                "inspect the image",
-                self.engine.docker().inspect_image(full),
-            )
+            .call("inspect the image", |d| async move { d.inspect_image(full).await })
             .await?;
         let config = image.config.unwrap_or_default();
         let given = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|l| !l.is_empty());
@@ -138,19 +135,13 @@ impl Store {
                 Ok(()) => tracing::info!(image = %full, "pulled image"),
                 Err(failure) => tracing::warn!(image = %full, %failure, "could not pull image"),
             }
-            pulls
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .remove(&full);
+            pulls.lock().unwrap_or_else(PoisonError::into_inner).remove(&full);
             result
         });
         let aborted = || JobError::new(code::IMAGE_PULL_FAILED, "the pull was abandoned");
-        async move {
-            task.await
-                .unwrap_or_else(|_| Err(Failure::Transient(aborted())))
-        }
-        .boxed()
-        .shared()
+        async move { task.await.unwrap_or_else(|_| Err(Failure::Transient(aborted()))) }
+            .boxed()
+            .shared()
     }
 }
 
@@ -160,16 +151,12 @@ async fn pull(engine: &Engine, reference: &Reference) -> Result<(), Failure> {
         .map_err(|why| rejected(code::IMAGE_UNAUTHORIZED, why))?;
     // The API takes the digest as a tag; where both are given, the digest decides.
     let options = CreateImageOptions {
-        from_image: Some(format!(
-            "{}/{}",
-            reference.registry(),
-            reference.repository()
-        )),
+        from_image: Some(format!("{}/{}", reference.registry(), reference.repository())),
         tag: reference.digest().or(reference.tag()).map(str::to_owned),
         ..CreateImageOptions::default()
     };
     engine
-        .docker()
+        .docker()?
         .create_image(Some(options), None, credentials)
         .try_for_each(|_progress| futures::future::ok(()))
         .await
@@ -236,27 +223,16 @@ mod tests {
                 "pull access denied for x, repository does not exist or may require 'docker login'",
                 code::IMAGE_NOT_FOUND,
             ),
-            (
-                "Head \"http://x/v2/\": no basic auth credentials",
-                code::IMAGE_UNAUTHORIZED,
-            ),
+            ("Head \"http://x/v2/\": no basic auth credentials", code::IMAGE_UNAUTHORIZED),
             (
                 "Head \"http://x/v2/\": unauthorized: authentication required",
                 code::IMAGE_UNAUTHORIZED,
             ),
-            (
-                "dial tcp 127.0.0.1:1: connect: connection refused",
-                code::IMAGE_PULL_FAILED,
-            ),
-            (
-                "received unexpected HTTP status: 503 Service Unavailable",
-                code::IMAGE_PULL_FAILED,
-            ),
+            ("dial tcp 127.0.0.1:1: connect: connection refused", code::IMAGE_PULL_FAILED),
+            ("received unexpected HTTP status: 503 Service Unavailable", code::IMAGE_PULL_FAILED),
         ] {
-            let error = Error::DockerResponseServerError {
-                status_code: 500,
-                message: text.to_owned(),
-            };
+            let error =
+                Error::DockerResponseServerError { status_code: 500, message: text.to_owned() };
             assert_eq!(classify("x:1", error).error().code, code, "{text}");
         }
     }

@@ -66,16 +66,7 @@ impl Docker {
         let owner = owner::Identity::of_this_process();
         let live = Mutex::default();
         let turns = turns::Turns::new();
-        Ok(Self {
-            shared: Arc::new(Shared {
-                engine,
-                images,
-                options,
-                owner,
-                live,
-                turns,
-            }),
-        })
+        Ok(Self { shared: Arc::new(Shared { engine, images, options, owner, live, turns }) })
     }
 }
 
@@ -89,12 +80,10 @@ impl Shared {
     /// error.
     pub(super) async fn remove(&self, name: &str) -> Result<(), CallError> {
         let turn = self.turns.remove().await;
-        let query = RemoveContainerOptions {
-            force: true,
-            v: true,
-            ..RemoveContainerOptions::default()
-        };
-        let remove = self.engine.docker().remove_container(name, Some(query));
+        let query =
+            RemoveContainerOptions { force: true, v: true, ..RemoveContainerOptions::default() };
+        let remove =
+            |d: bollard::Docker| async move { d.remove_container(name, Some(query)).await };
         let removed = self.engine.call("remove the container", remove).await;
         drop(turn);
         match removed {
@@ -107,10 +96,7 @@ impl Shared {
 #[async_trait]
 impl Backend for Docker {
     async fn preflight(&self) -> Result<(), PreflightError> {
-        self.shared
-            .engine
-            .preflight(self.shared.options.confinement.runtime.as_deref())
-            .await?;
+        self.shared.engine.preflight(self.shared.options.confinement.runtime.as_deref()).await?;
         self.shared.owner.locate(&self.shared.engine).await;
         self.shared.owner.beat(&self.shared.engine).await;
         Ok(())
