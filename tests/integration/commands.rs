@@ -23,58 +23,22 @@ async fn a_missing_command_is_told_from_a_functions_own_failure() {
     let not_there = ("rejected", "command.not_found", None);
     let not_a_program = ("rejected", "command.not_executable", None);
     let cases = [
-        (
-            "a name that is not on the path",
-            json!(["no-such-program"]),
-            not_there,
-        ),
-        (
-            "a path that is not there",
-            json!(["/no/such/program", "x"]),
-            not_there,
-        ),
-        (
-            "a file that is no program",
-            json!(["/etc/plain"]),
-            not_a_program,
-        ),
+        ("a name that is not on the path", json!(["no-such-program"]), not_there),
+        ("a path that is not there", json!(["/no/such/program", "x"]), not_there),
+        ("a file that is no program", json!(["/etc/plain"]), not_a_program),
         ("a directory", json!(["/etc"]), not_a_program),
-        (
-            "its own 127",
-            json!(["sh", "-c", "exit 127"]),
-            ("failed", "", Some(127)),
-        ),
-        (
-            "its own 126",
-            json!(["sh", "-c", "exit 126"]),
-            ("failed", "", Some(126)),
-        ),
-        (
-            "a shell's 127",
-            json!(["sh", "-c", "no-such-program"]),
-            ("failed", "", Some(127)),
-        ),
-        (
-            "a shell's 126",
-            json!(["sh", "-c", "/etc/plain"]),
-            ("failed", "", Some(126)),
-        ),
+        ("its own 127", json!(["sh", "-c", "exit 127"]), ("failed", "", Some(127))),
+        ("its own 126", json!(["sh", "-c", "exit 126"]), ("failed", "", Some(126))),
+        ("a shell's 127", json!(["sh", "-c", "no-such-program"]), ("failed", "", Some(127))),
+        ("a shell's 126", json!(["sh", "-c", "/etc/plain"]), ("failed", "", Some(126))),
         (
             "a shell that is replaced",
             json!(["sh", "-c", "exec /no/such"]),
             ("failed", "", Some(127)),
         ),
-        (
-            "127 in the init's words",
-            missing,
-            ("failed", "", Some(127)),
-        ),
+        ("127 in the init's words", missing, ("failed", "", Some(127))),
         ("126 in the init's words", denied, ("failed", "", Some(126))),
-        (
-            "126 in the engine's words",
-            runtime,
-            ("failed", "", Some(126)),
-        ),
+        ("126 in the engine's words", runtime, ("failed", "", Some(126))),
     ];
     let jobs = cases.into_iter().map(|(what, parameter, wanted)| {
         let world = &world;
@@ -84,11 +48,7 @@ async fn a_missing_command_is_told_from_a_functions_own_failure() {
             (got != wanted).then(|| format!("{what}: {}", ended.outcome))
         }
     });
-    let wrong: Vec<String> = futures::future::join_all(jobs)
-        .await
-        .into_iter()
-        .flatten()
-        .collect();
+    let wrong: Vec<String> = futures::future::join_all(jobs).await.into_iter().flatten().collect();
     assert!(wrong.is_empty(), "answered wrongly:\n{}", wrong.join("\n"));
     world.clean().await;
 }
@@ -138,9 +98,7 @@ async fn a_parameter_replaces_the_command_and_keeps_the_entry_point() {
     }
     let image = world.engine.image(Image::NoCommand).await;
     for parameter in [json!(""), json!([])] {
-        let ended = world
-            .execute(json!({"image_reference": image, "parameter": parameter}))
-            .await;
+        let ended = world.execute(json!({"image_reference": image, "parameter": parameter})).await;
         assert_eq!(
             (ended.status(), ended.code()),
             ("rejected", "image.no_command"),
@@ -148,9 +106,7 @@ async fn a_parameter_replaces_the_command_and_keeps_the_entry_point() {
             ended.outcome
         );
     }
-    let ended = world
-        .execute(json!({"image_reference": image, "parameter": "echo given"}))
-        .await;
+    let ended = world.execute(json!({"image_reference": image, "parameter": "echo given"})).await;
     assert_eq!(ended.text(), "given\n");
     world.clean().await;
 }
@@ -162,9 +118,7 @@ async fn an_image_of_one_program_and_nothing_else_runs() {
     let ended = world.execute(json!({"image_reference": image})).await;
     assert_eq!(ended.status(), "succeeded", "{}", ended.outcome);
     assert_eq!(ended.text(), "from scratch\n");
-    let ended = world
-        .execute(json!({"image_reference": image, "parameter": "and more"}))
-        .await;
+    let ended = world.execute(json!({"image_reference": image, "parameter": "and more"})).await;
     assert_eq!(ended.text(), "from scratch and more\n");
     world.clean().await;
 }
@@ -173,33 +127,23 @@ async fn an_image_of_one_program_and_nothing_else_runs() {
 async fn an_images_user_is_kept_unless_another_is_asked_for() {
     let world = World::start(&[]).await;
     let image = world.engine.image(Image::User).await;
-    let ended = world
-        .execute(json!({"image_reference": image, "parameter": "id -u"}))
-        .await;
+    let ended = world.execute(json!({"image_reference": image, "parameter": "id -u"})).await;
     assert_eq!(ended.text(), "1000\n", "{}", ended.outcome);
-    let ended = world
-        .execute(json!({"image_reference": image, "parameter": "id -u", "user": "7"}))
-        .await;
+    let ended =
+        world.execute(json!({"image_reference": image, "parameter": "id -u", "user": "7"})).await;
     assert_eq!(ended.text(), "7\n", "{}", ended.outcome);
     let ended = world
         .execute(
             json!({"image_reference": image, "parameter": "sh -c 'echo x > /tmp/x; cat /tmp/x'"}),
         )
         .await;
-    assert_eq!(
-        ended.text(),
-        "x\n",
-        "any user can write to /tmp: {}",
-        ended.outcome
-    );
+    assert_eq!(ended.text(), "x\n", "any user can write to /tmp: {}", ended.outcome);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn an_operators_user_stands_in_for_the_images() {
     let world = World::start(&[("CONTAINER_USER", "4242:4343")]).await;
-    let ended = world
-        .execute(json!({"parameter": "sh -c 'id -u; id -g'"}))
-        .await;
+    let ended = world.execute(json!({"parameter": "sh -c 'id -u; id -g'"})).await;
     assert_eq!(ended.text(), "4242\n4343\n", "{}", ended.outcome);
 }
 
@@ -208,32 +152,16 @@ async fn a_volume_of_an_image_is_writable_and_leaves_nothing() {
     let world = World::start(&[]).await;
     let image = world.engine.image(Image::Volume).await;
     let held = world.hold_with(json!({"image_reference": image})).await;
-    let inspected = world
-        .engine
-        .docker()
-        .inspect_container(&held.container, None)
-        .await
-        .unwrap();
+    let inspected = world.engine.docker().inspect_container(&held.container, None).await.unwrap();
     let volumes: Vec<String> = inspected
         .mounts
         .unwrap_or_default()
         .into_iter()
-        .filter(|mount| {
-            mount
-                .source
-                .as_deref()
-                .is_some_and(|source| source.contains("/volumes/"))
-        })
+        .filter(|mount| mount.source.as_deref().is_some_and(|source| source.contains("/volumes/")))
         .filter_map(|mount| mount.name)
         .collect();
-    world
-        .engine
-        .exec(&held.container, &["sh", "-c", "echo kept > /data/file"])
-        .await;
-    let read = world
-        .engine
-        .exec(&held.container, &["cat", "/data/file"])
-        .await;
+    world.engine.exec(&held.container, &["sh", "-c", "echo kept > /data/file"]).await;
+    let read = world.engine.exec(&held.container, &["cat", "/data/file"]).await;
     assert_eq!(read, "kept\n", "the volume can be written to");
     world.release(&held).await;
     world.results.wait_for(&held.id).await;
@@ -242,15 +170,9 @@ async fn a_volume_of_an_image_is_writable_and_leaves_nothing() {
         let left = world.engine.docker().inspect_volume(&volume).await;
         assert!(left.is_err(), "the volume {volume} is left behind");
     }
-    let ended = world
-        .execute(json!({"image_reference": image, "parameter": "cat /data/file"}))
-        .await;
-    assert_eq!(
-        ended.status(),
-        "failed",
-        "the next job sees none of it: {}",
-        ended.outcome
-    );
+    let ended =
+        world.execute(json!({"image_reference": image, "parameter": "cat /data/file"})).await;
+    assert_eq!(ended.status(), "failed", "the next job sees none of it: {}", ended.outcome);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -258,50 +180,25 @@ async fn standard_input_is_fed_and_closed() {
     let world = World::start(&[]).await;
     let big = "0123456789abcde\n".repeat(56 * 1024);
     assert!(big.len() > 900_000);
-    let ended = world
-        .execute(json!({"parameter": "cat", "stdin": "grüße\n"}))
-        .await;
+    let ended = world.execute(json!({"parameter": "cat", "stdin": "grüße\n"})).await;
     assert_eq!(ended.text(), "grüße\n", "{}", ended.outcome);
-    let ended = world
-        .execute(json!({"parameter": "wc -c", "stdin": big}))
-        .await;
-    assert_eq!(
-        ended.text().trim(),
-        big.len().to_string(),
-        "{}",
-        ended.outcome
-    );
-    let ended = world
-        .execute(json!({"parameter": "echo never looked", "stdin": big}))
-        .await;
+    let ended = world.execute(json!({"parameter": "wc -c", "stdin": big})).await;
+    assert_eq!(ended.text().trim(), big.len().to_string(), "{}", ended.outcome);
+    let ended = world.execute(json!({"parameter": "echo never looked", "stdin": big})).await;
     assert_eq!(ended.text(), "never looked\n", "{}", ended.outcome);
-    let ended = world
-        .execute(json!({"parameter": "head -c 5", "stdin": big}))
-        .await;
+    let ended = world.execute(json!({"parameter": "head -c 5", "stdin": big})).await;
     assert_eq!(ended.text(), "01234", "{}", ended.outcome);
     let ended = world
         .execute(json!({"parameter": "sh -c 'exec <&-; sleep 1; echo closed it'", "stdin": big}))
         .await;
     assert_eq!(ended.text(), "closed it\n", "{}", ended.outcome);
-    let ended = world
-        .execute(json!({"parameter": "wc -c", "stdin": ""}))
-        .await;
+    let ended = world.execute(json!({"parameter": "wc -c", "stdin": ""})).await;
     assert_eq!(ended.text().trim(), "0", "{}", ended.outcome);
     let ended = world.execute(json!({"parameter": "wc -c"})).await;
-    assert_eq!(
-        ended.text().trim(),
-        "0",
-        "without any, the input is at its end: {}",
-        ended.outcome
-    );
+    assert_eq!(ended.text().trim(), "0", "without any, the input is at its end: {}", ended.outcome);
     // The pipes both ways are full at once: who writes all before reading stands still here.
-    let ended = world
-        .execute(json!({"parameter": "cat", "stdin": big}))
-        .await;
+    let ended = world.execute(json!({"parameter": "cat", "stdin": big})).await;
     assert_eq!(ended.status(), "succeeded", "{}", ended.outcome);
-    assert!(
-        big.as_bytes().starts_with(&ended.stdout()),
-        "what comes back is what went in"
-    );
+    assert!(big.as_bytes().starts_with(&ended.stdout()), "what comes back is what went in");
     world.clean().await;
 }

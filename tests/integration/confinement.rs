@@ -11,20 +11,11 @@ async fn a_function_finds_no_way_out() {
     let world = World::start(&[]).await;
     // What to try, and what must be refused. Each prints "out" when it succeeds.
     let attempts = [
-        (
-            "mount a file system",
-            "mount -t tmpfs none /data && echo out",
-        ),
-        (
-            "mount the host's disk",
-            "mknod /tmp/disk b 254 0 && echo out",
-        ),
+        ("mount a file system", "mount -t tmpfs none /data && echo out"),
+        ("mount the host's disk", "mknod /tmp/disk b 254 0 && echo out"),
         ("make a device", "mknod /tmp/memory c 1 1 && echo out"),
         ("remount the root", "mount -o remount,rw / && echo out"),
-        (
-            "remount /tmp with devices",
-            "mount -o remount,dev,suid /tmp && echo out",
-        ),
+        ("remount /tmp with devices", "mount -o remount,dev,suid /tmp && echo out"),
         ("unmount /proc", "umount /proc && echo out"),
         ("make a mount namespace", "unshare -m true && echo out"),
         ("make a user namespace", "unshare -U true && echo out"),
@@ -33,26 +24,14 @@ async fn a_function_finds_no_way_out() {
             "become another user",
             "setpriv --reuid 1000 true 2>/dev/null && echo out; start-stop-daemon -S -c 1000 -x /bin/true && echo out",
         ),
-        (
-            "chown a file",
-            "touch /tmp/f; chown 1000 /tmp/f && echo out",
-        ),
-        (
-            "change the root",
-            "chroot /tmp true 2>/dev/null && echo out; chroot / true && echo out",
-        ),
-        (
-            "write to the image",
-            "touch /bin/planted /etc/planted /planted && echo out",
-        ),
+        ("chown a file", "touch /tmp/f; chown 1000 /tmp/f && echo out"),
+        ("change the root", "chroot /tmp true 2>/dev/null && echo out; chroot / true && echo out"),
+        ("write to the image", "touch /bin/planted /etc/planted /planted && echo out"),
         (
             "write to the kernel's settings",
             "cat /proc/sys/kernel/sysrq > /tmp/v; cat /tmp/v > /proc/sys/kernel/sysrq && echo out",
         ),
-        (
-            "reach the kernel's trigger",
-            "echo h > /proc/sysrq-trigger && echo out",
-        ),
+        ("reach the kernel's trigger", "echo h > /proc/sysrq-trigger && echo out"),
         ("set the host's name", "hostname elsewhere && echo out"),
         ("set the clock", "date -s @$(date +%s) && echo out"),
         ("load a module", "insmod /etc/garbage && echo out"),
@@ -61,23 +40,14 @@ async fn a_function_finds_no_way_out() {
             "swap",
             "swapoff -a && dd if=/dev/zero of=/tmp/s bs=1M count=1 && mkswap /tmp/s && swapon /tmp/s && echo out",
         ),
-        (
-            "read the kernel's log",
-            "dmesg | head -1 | grep . && echo out",
-        ),
+        ("read the kernel's log", "dmesg | head -1 | grep . && echo out"),
         (
             "change the control group",
             "for d in /sys/fs/cgroup /sys/fs/cgroup/memory; do mkdir $d/x && echo out; done",
         ),
-        (
-            "make a network device",
-            "ip link add d0 type dummy && echo out",
-        ),
+        ("make a network device", "ip link add d0 type dummy && echo out"),
         ("take lo down", "ip link set lo down && echo out"),
-        (
-            "take more than its share of the processor",
-            "nice -n -5 true && echo out",
-        ),
+        ("take more than its share of the processor", "nice -n -5 true && echo out"),
     ];
     let jobs = attempts.map(|(what, script)| {
         let world = &world;
@@ -93,11 +63,7 @@ async fn a_function_finds_no_way_out() {
                 .then(|| format!("{what}: {}", ended.text()))
         }
     });
-    let out: Vec<String> = futures::future::join_all(jobs)
-        .await
-        .into_iter()
-        .flatten()
-        .collect();
+    let out: Vec<String> = futures::future::join_all(jobs).await.into_iter().flatten().collect();
     assert!(out.is_empty(), "these got through:\n{}", out.join("\n"));
     world.clean().await;
 }
@@ -145,14 +111,8 @@ async fn there_is_no_interface_but_lo_and_no_route() {
     let world = World::start(&[]).await;
     let script = "tail -n +3 /proc/net/dev | cut -d: -f1; echo routes; tail -n +2 /proc/net/route; \
                   awk '$10 != \"lo\"' /proc/net/ipv6_route 2>/dev/null; true";
-    let ended = world
-        .execute(json!({"parameter": ["sh", "-c", script]}))
-        .await;
-    let words: Vec<String> = ended
-        .text()
-        .split_whitespace()
-        .map(ToString::to_string)
-        .collect();
+    let ended = world.execute(json!({"parameter": ["sh", "-c", script]})).await;
+    let words: Vec<String> = ended.text().split_whitespace().map(ToString::to_string).collect();
     // A kernel may bring tunnel devices of its own along in every namespace; they are down and
     // nothing routes to them.
     let (interfaces, routes) =
@@ -162,18 +122,10 @@ async fn there_is_no_interface_but_lo_and_no_route() {
         "lo", "tunl0", "sit0", "ip6tnl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0",
         "ip6gre0",
     ];
-    assert!(
-        interfaces.iter().all(|name| own.contains(&name.as_str())),
-        "{words:?}"
-    );
+    assert!(interfaces.iter().all(|name| own.contains(&name.as_str())), "{words:?}");
     assert_eq!(routes, ["routes"], "there is a way out");
     let ended = world.execute(json!({"parameter": "sh -c '(echo hi | nc -l -p 4000 &) ; sleep 1; nc 127.0.0.1 4000'"})).await;
-    assert_eq!(
-        ended.text(),
-        "hi\n",
-        "a function can talk to itself: {}",
-        ended.outcome
-    );
+    assert_eq!(ended.text(), "hi\n", "a function can talk to itself: {}", ended.outcome);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -181,9 +133,7 @@ async fn only_tmp_can_be_written_to_and_only_so_much() {
     let world = World::start(&[("TMPFS_SIZE", "4MiB")]).await;
     let script = "dd if=/dev/zero of=/tmp/big bs=1M count=100 2>/dev/null; stat -c %s /tmp/big; \
                   grep ' /tmp ' /proc/mounts; grep ' / ' /proc/mounts";
-    let ended = world
-        .execute(json!({"parameter": ["sh", "-c", script]}))
-        .await;
+    let ended = world.execute(json!({"parameter": ["sh", "-c", script]})).await;
     let text = ended.text();
     let mut lines = text.lines();
     let size: u64 = lines.next().unwrap().parse().unwrap();
@@ -208,50 +158,30 @@ async fn only_tmp_can_be_written_to_and_only_so_much() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_writable_root_is_there_for_those_who_ask() {
     let world = World::start(&[("READONLY_ROOTFS", "false")]).await;
-    let ended = world
-        .execute(json!({"parameter": "sh -c 'echo x > /written && cat /written'"}))
-        .await;
+    let ended =
+        world.execute(json!({"parameter": "sh -c 'echo x > /written && cat /written'"})).await;
     assert_eq!(ended.text(), "x\n", "{}", ended.outcome);
     let ended = world.execute(json!({"parameter": "cat /written"})).await;
-    assert_eq!(
-        ended.status(),
-        "failed",
-        "and it is nobody else's: {}",
-        ended.outcome
-    );
+    assert_eq!(ended.status(), "failed", "and it is nobody else's: {}", ended.outcome);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn the_hosts_secrets_are_not_in_a_container() {
-    let world = World::start(&[
-        ("NATS_PASSWORD", "secret-of-the-daemon"),
-        ("NATS_USER", "x"),
-    ])
-    .await;
+    let world =
+        World::start(&[("NATS_PASSWORD", "secret-of-the-daemon"), ("NATS_USER", "x")]).await;
     let ended = world
         .execute(
             json!({"parameter": "sh -c 'env; cat /proc/1/environ; ls -A / /root /data; ls /dev'"}),
         )
         .await;
     let text = ended.text();
-    assert!(
-        !text.contains("secret-of-the-daemon") && !text.contains("docker.sock"),
-        "{text}"
-    );
+    assert!(!text.contains("secret-of-the-daemon") && !text.contains("docker.sock"), "{text}");
     let held = world.hold().await;
-    let inspected = world
-        .engine
-        .docker()
-        .inspect_container(&held.container, None)
-        .await
-        .unwrap();
+    let inspected = world.engine.docker().inspect_container(&held.container, None).await.unwrap();
     let host = inspected.host_config.unwrap();
     assert_ne!(host.privileged, Some(true));
     assert!(
-        host.binds
-            .unwrap_or_default()
-            .iter()
-            .all(|bind| !bind.starts_with('/')),
+        host.binds.unwrap_or_default().iter().all(|bind| !bind.starts_with('/')),
         "no path of the host"
     );
     assert_eq!(
@@ -259,26 +189,14 @@ async fn the_hosts_secrets_are_not_in_a_container() {
         Some("none"),
         "no output on the host's disk"
     );
-    assert_eq!(
-        host.memory, host.memory_swap,
-        "no swap on top of the memory"
-    );
-    let ulimits: Vec<String> = host
-        .ulimits
-        .unwrap_or_default()
-        .into_iter()
-        .filter_map(|limit| limit.name)
-        .collect();
+    assert_eq!(host.memory, host.memory_swap, "no swap on top of the memory");
+    let ulimits: Vec<String> =
+        host.ulimits.unwrap_or_default().into_iter().filter_map(|limit| limit.name).collect();
     assert!(
-        ["nofile", "core"]
-            .iter()
-            .all(|name| ulimits.iter().any(|have| have == name)),
+        ["nofile", "core"].iter().all(|name| ulimits.iter().any(|have| have == name)),
         "{ulimits:?}"
     );
-    assert!(
-        ulimits.iter().all(|name| name != "nproc"),
-        "counted over all containers of a user"
-    );
+    assert!(ulimits.iter().all(|name| name != "nproc"), "counted over all containers of a user");
     assert_eq!(host.init, Some(true));
     let value = serde_json::to_value(inspected.config).unwrap();
     assert_eq!(

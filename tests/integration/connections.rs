@@ -16,27 +16,14 @@ use crate::support::world::World;
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn the_daemon_gets_in_with_every_kind_of_proof() {
     for tls in [false, true] {
-        for auth in [
-            Auth::Open,
-            Auth::UserPassword,
-            Auth::Token,
-            Auth::Nkey,
-            Auth::Credentials,
-        ] {
-            let nats = NatsOptions {
-                auth,
-                tls,
-                ..NatsOptions::default()
-            };
+        for auth in [Auth::Open, Auth::UserPassword, Auth::Token, Auth::Nkey, Auth::Credentials] {
+            let nats = NatsOptions { auth, tls, ..NatsOptions::default() };
             let world = World::with(nats, Engine::shared().await, &[("RUST_LOG", "debug")]).await;
             let ended = world.execute(json!({"parameter": "echo in"})).await;
             assert_eq!(ended.text(), "in\n", "{nats:?}: {}", ended.outcome);
             let log = world.daemon.log().text();
             for secret in world.nats.secrets() {
-                assert!(
-                    !log.contains(&secret),
-                    "{nats:?}: the log shows a secret:\n{log}"
-                );
+                assert!(!log.contains(&secret), "{nats:?}: the log shows a secret:\n{log}");
             }
         }
     }
@@ -44,20 +31,12 @@ async fn the_daemon_gets_in_with_every_kind_of_proof() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_secret_in_the_url_works_and_is_not_shown() {
-    let server = NatsServer::with(NatsOptions {
-        auth: Auth::UserPassword,
-        ..NatsOptions::default()
-    })
-    .await;
-    let url = server.url().replace(
-        "nats://",
-        &format!("nats://worker:{}@", crate::support::nats::PASSWORD),
-    );
-    let mut daemon = Daemon::spawn(
-        &Settings::new()
-            .set("NATS_URL", &url)
-            .set("RUST_LOG", "debug"),
-    );
+    let server =
+        NatsServer::with(NatsOptions { auth: Auth::UserPassword, ..NatsOptions::default() }).await;
+    let url = server
+        .url()
+        .replace("nats://", &format!("nats://worker:{}@", crate::support::nats::PASSWORD));
+    let mut daemon = Daemon::spawn(&Settings::new().set("NATS_URL", &url).set("RUST_LOG", "debug"));
     daemon.wait_ready().await;
     daemon.signal(Signal::TERM);
     let status = daemon.exit().await;
@@ -71,21 +50,11 @@ async fn a_server_that_comes_later_is_found_and_waiting_is_said_once() {
     let mut server = NatsServer::absent(NatsOptions::default());
     let mut daemon = Daemon::spawn(&Settings::new().nats(&server));
     let log = daemon.log().clone();
-    let waiting = log
-        .wait_for("it says that it waits", |event| event["level"] == "WARN")
-        .await;
+    let waiting = log.wait_for("it says that it waits", |event| event["level"] == "WARN").await;
     // Many tries fail meanwhile; what the log must not do is tell each of them.
     tokio::time::sleep(Duration::from_secs(4)).await;
-    let told = log
-        .events()
-        .iter()
-        .filter(|event| event["level"] == "WARN")
-        .count();
-    assert!(
-        told <= 2,
-        "{told} warnings, the first: {waiting}\n{}",
-        log.text()
-    );
+    let told = log.events().iter().filter(|event| event["level"] == "WARN").count();
+    assert!(told <= 2, "{told} warnings, the first: {waiting}\n{}", log.text());
     server.restart().await;
     daemon.wait_ready().await;
 
@@ -94,10 +63,7 @@ async fn a_server_that_comes_later_is_found_and_waiting_is_said_once() {
     let image = Engine::shared().await.image(Image::Busybox).await;
     let id = format!("late-{}", crate::support::unique());
     let request = json!({"id": id, "image_reference": image, "parameter": "echo found you"});
-    client
-        .publish("functions.execute", request.to_string().into())
-        .await
-        .unwrap();
+    client.publish("functions.execute", request.to_string().into()).await.unwrap();
     assert_eq!(results.wait_for(&id).await.payload, "found you\n");
 }
 
@@ -108,12 +74,7 @@ async fn the_next_server_of_the_list_is_used_when_the_first_is_away() {
     let mut daemon = Daemon::spawn(&Settings::new().set("NATS_URL", &urls));
     daemon.wait_ready().await;
     daemon.signal(Signal::INT);
-    assert_eq!(
-        daemon.exit().await.code(),
-        Some(0),
-        "{}",
-        daemon.log().text()
-    );
+    assert_eq!(daemon.exit().await.code(), Some(0), "{}", daemon.log().text());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -123,8 +84,7 @@ async fn waiting_for_a_server_can_be_stopped() {
     let settings = Settings::new().nats(&server).set("SHUTDOWN_GRACE", "1h");
     let mut daemon = Daemon::spawn(&settings);
     let log = daemon.log().clone();
-    log.wait_for("it says that it waits", |event| event["level"] == "WARN")
-        .await;
+    log.wait_for("it says that it waits", |event| event["level"] == "WARN").await;
     daemon.signal(Signal::TERM);
     assert_eq!(daemon.exit().await.code(), Some(0), "{}", log.text());
 }
@@ -138,23 +98,16 @@ async fn a_server_that_restarts_loses_no_running_job() {
     // nobody's loss but the test's.
     eventually("the daemon is back", || async {
         let (_, request) = world.complete(json!({"parameter": "true"}));
-        let asked = world
-            .client
-            .request("functions.run", request.to_string().into());
-        matches!(
-            tokio::time::timeout(Duration::from_secs(10), asked).await,
-            Ok(Ok(_))
-        )
+        let asked = world.client.request("functions.run", request.to_string().into());
+        matches!(tokio::time::timeout(Duration::from_secs(10), asked).await, Ok(Ok(_)))
     })
     .await;
     world.release(&held).await;
     assert_eq!(world.results.wait_for(&held.id).await.payload, "released\n");
     world.works(5).await;
     let log = world.daemon.log().events();
-    let told = log
-        .iter()
-        .filter(|event| event["level"] == "WARN" || event["level"] == "ERROR")
-        .count();
+    let told =
+        log.iter().filter(|event| event["level"] == "WARN" || event["level"] == "ERROR").count();
     assert!(
         (1..=3).contains(&told),
         "the change is told, not every try:\n{}",
@@ -170,16 +123,8 @@ async fn a_job_that_ends_while_the_server_is_away_is_published_when_it_is_back()
     world.nats.stop();
     world.release(&held).await;
     eventually("the job has ended", || async {
-        let inspected = world
-            .engine
-            .docker()
-            .inspect_container(&held.container, None)
-            .await;
-        inspected
-            .ok()
-            .and_then(|found| found.state)
-            .and_then(|state| state.running)
-            != Some(true)
+        let inspected = world.engine.docker().inspect_container(&held.container, None).await;
+        inspected.ok().and_then(|found| found.state).and_then(|state| state.running) != Some(true)
     })
     .await;
     // The test has to listen before the daemon is back: what is published while nobody listens is

@@ -22,23 +22,15 @@ async fn requests_wait_for_an_engine_that_comes_later() {
     let server = NatsServer::start().await;
     let client = server.client().await;
     let results = Results::subscribe(&client, "functions.results").await;
-    let settings = Settings::new()
-        .nats(&server)
-        .set("DOCKER_HOST", &private.host());
+    let settings = Settings::new().nats(&server).set("DOCKER_HOST", &private.host());
     let mut daemon = Daemon::spawn(&settings);
     listening(&client).await;
     for n in 0..8 {
         let request = json!({"id": format!("early-{n}"), "image_reference": image, "parameter": "echo worth it"});
-        client
-            .publish("functions.execute", request.to_string().into())
-            .await
-            .unwrap();
+        client.publish("functions.execute", request.to_string().into()).await.unwrap();
     }
     let log = daemon.log().clone();
-    log.wait_for("it says that the engine is away", |event| {
-        event["level"] == "WARN"
-    })
-    .await;
+    log.wait_for("it says that the engine is away", |event| event["level"] == "WARN").await;
     private.restart().await;
     for n in 0..8 {
         let message = results.wait_for(&format!("early-{n}")).await;
@@ -62,25 +54,12 @@ async fn a_daemon_without_an_engine_can_be_stopped() {
     let mut daemon = Daemon::spawn(&settings);
     listening(&client).await;
     let request = json!({"id": "in-vain", "image_reference": "any", "parameter": "true"});
-    client
-        .publish("functions.execute", request.to_string().into())
-        .await
-        .unwrap();
+    client.publish("functions.execute", request.to_string().into()).await.unwrap();
     crate::support::nats::round_trip(&client).await;
     daemon.signal(Signal::TERM);
-    assert_eq!(
-        daemon.exit().await.code(),
-        Some(0),
-        "{}",
-        daemon.log().text()
-    );
+    assert_eq!(daemon.exit().await.code(), Some(0), "{}", daemon.log().text());
     let message = results.wait_for("in-vain").await;
-    assert_eq!(
-        header(&message, "Job-Status").as_deref(),
-        Some("error"),
-        "{:?}",
-        message.headers
-    );
+    assert_eq!(header(&message, "Job-Status").as_deref(), Some("error"), "{:?}", message.headers);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -106,24 +85,13 @@ async fn a_job_an_engine_takes_down_with_it_is_run_again() {
         };
         world.engine.exec(&second, &["touch", "/tmp/go"]).await;
         let message = world.results.wait_for(&id).await;
-        assert_eq!(
-            message.payload, "released\n",
-            "graceful: {graceful}: {:?}",
-            message.headers
-        );
+        assert_eq!(message.payload, "released\n", "graceful: {graceful}: {:?}", message.headers);
         assert_eq!(header(&message, "Job-Status").as_deref(), Some("succeeded"));
         let attempt: u32 = header(&message, "Job-Attempt").unwrap().parse().unwrap();
-        assert!(
-            attempt >= 2,
-            "graceful: {graceful}: it says that it took {attempt} attempts"
-        );
+        assert!(attempt >= 2, "graceful: {graceful}: it says that it took {attempt} attempts");
         world.works(2).await;
         world.clean().await;
-        assert!(
-            world.tally().values().all(|count| *count == 1),
-            "{:?}",
-            world.tally()
-        );
+        assert!(world.tally().values().all(|count| *count == 1), "{:?}", world.tally());
     }
 }
 
@@ -132,11 +100,7 @@ async fn a_frozen_engine_holds_nobody_for_ever() {
     let private = PrivateEngine::start().await;
     let world = world_on(
         &private,
-        &[
-            ("MAX_CONTAINERS", "2"),
-            ("ENGINE_TIMEOUT", "2s"),
-            ("MAX_DELIVER", "2"),
-        ],
+        &[("MAX_CONTAINERS", "2"), ("ENGINE_TIMEOUT", "2s"), ("MAX_DELIVER", "2")],
     )
     .await;
     world.works(2).await;
@@ -147,10 +111,7 @@ async fn a_frozen_engine_holds_nobody_for_ever() {
         stuck.push(world.submit(json!({"parameter": "echo after all"})).await);
     }
     let log = world.daemon.log().clone();
-    log.wait_for("it notices", |event| {
-        event["level"] == "WARN" || event["level"] == "ERROR"
-    })
-    .await;
+    log.wait_for("it notices", |event| event["level"] == "WARN" || event["level"] == "ERROR").await;
     private.thaw();
     for id in &stuck {
         let message = world.results.wait_for(id).await;
@@ -159,19 +120,12 @@ async fn a_frozen_engine_holds_nobody_for_ever() {
         // Those that waited run now; those that were in the engine's hands may have run out of
         // attempts.
         let known = ["engine.timeout", "engine.unavailable"].contains(&code.as_str());
-        assert!(
-            status == "succeeded" || (status == "error" && known),
-            "{:?}",
-            message.headers
-        );
+        assert!(status == "succeeded" || (status == "error" && known), "{:?}", message.headers);
     }
     // The job that ran through it all is untouched or was run again; either way it can end.
     if world.results.of(&running.id).is_empty() {
         for container in world.engine.containers_of(&running.id).await {
-            world
-                .engine
-                .exec(&container.id.unwrap(), &["touch", "/tmp/go"])
-                .await;
+            world.engine.exec(&container.id.unwrap(), &["touch", "/tmp/go"]).await;
         }
     }
     world.results.wait_for(&running.id).await;
@@ -184,11 +138,7 @@ async fn an_engine_that_stays_frozen_ends_no_daemon_and_no_shutdown() {
     let private = PrivateEngine::start().await;
     let mut world = world_on(
         &private,
-        &[
-            ("ENGINE_TIMEOUT", "1s"),
-            ("MAX_DELIVER", "2"),
-            ("SHUTDOWN_GRACE", "3s"),
-        ],
+        &[("ENGINE_TIMEOUT", "1s"), ("MAX_DELIVER", "2"), ("SHUTDOWN_GRACE", "3s")],
     )
     .await;
     let running = world.hold().await;
@@ -234,9 +184,5 @@ async fn an_engine_that_comes_and_goes_costs_no_slot() {
     }
     world.works(3).await;
     world.clean().await;
-    assert!(
-        world.tally().values().all(|count| *count == 1),
-        "{:?}",
-        world.tally()
-    );
+    assert!(world.tally().values().all(|count| *count == 1), "{:?}", world.tally());
 }

@@ -35,9 +35,7 @@ async fn an_image_is_pulled_if_it_is_missing_and_only_then() {
     assert_eq!(ended.text(), "first\n", "{}", ended.outcome);
     assert_eq!(ended.outcome["image"], json!(image));
     assert!(
-        ended.outcome["timings_ms"]["pull"]
-            .as_f64()
-            .is_some_and(|took| took > 0.0),
+        ended.outcome["timings_ms"]["pull"].as_f64().is_some_and(|took| took > 0.0),
         "{}",
         ended.outcome
     );
@@ -46,11 +44,7 @@ async fn an_image_is_pulled_if_it_is_missing_and_only_then() {
     registry.put("made/here", "1", "second");
     let ended = world.execute(json!({"image_reference": image})).await;
     assert_eq!(ended.text(), "first\n", "what is there is used");
-    assert_eq!(
-        registry.manifest_requests("made/here"),
-        asked,
-        "and nobody is asked"
-    );
+    assert_eq!(registry.manifest_requests("made/here"), asked, "and nobody is asked");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -79,12 +73,7 @@ async fn an_image_can_be_never_pulled() {
         "{}",
         ended.outcome
     );
-    assert_eq!(
-        registry.manifest_requests("made/here"),
-        0,
-        "nobody was asked: {}",
-        registry.log()
-    );
+    assert_eq!(registry.manifest_requests("made/here"), 0, "nobody was asked: {}", registry.log());
     world.works(2).await;
 }
 
@@ -97,10 +86,7 @@ async fn many_jobs_wait_for_one_pull() {
     let world = World::start(&[("MAX_CONTAINERS", "6"), ("RUN_SLOT_TIMEOUT", "100ms")]).await;
     let reference = |name: &str| format!("127.0.0.1:{}/{name}:1", proxy.port);
     let (alone, crowd) = (reference("alone"), reference("crowd"));
-    let _guards = [
-        world.engine.remove_later(&alone),
-        world.engine.remove_later(&crowd),
-    ];
+    let _guards = [world.engine.remove_later(&alone), world.engine.remove_later(&crowd)];
     let ended = world.execute(json!({"image_reference": alone})).await;
     assert_eq!(ended.text(), "alone\n", "{}", ended.outcome);
     let one_pull = registry.manifest_requests("alone");
@@ -113,16 +99,11 @@ async fn many_jobs_wait_for_one_pull() {
             outcome["error"]["code"] == "busy"
         })
         .await;
-        eventually("the engine asks for the image", || async {
-            proxy.connections() > 1
-        })
-        .await;
+        eventually("the engine asks for the image", || async { proxy.connections() > 1 }).await;
         proxy.set(Flow::Open);
     };
-    let (jobs, ()) = within("all of them have run", PATIENCE, async {
-        tokio::join!(jobs, opened)
-    })
-    .await;
+    let (jobs, ()) =
+        within("all of them have run", PATIENCE, async { tokio::join!(jobs, opened) }).await;
     for ended in jobs {
         assert_eq!(ended.text(), "crowd\n", "{}", ended.outcome);
     }
@@ -140,15 +121,8 @@ async fn what_a_registry_does_not_have_is_not_found() {
     registry.put("made/here", "1", "here");
     let world = World::start(&[]).await;
     let no_such_digest = format!("made/here@sha256:{}", "0".repeat(64));
-    for name in [
-        "made/here:2",
-        "made/nowhere:1",
-        "made/nowhere",
-        &no_such_digest,
-    ] {
-        let ended = world
-            .execute(json!({"image_reference": registry.reference(name)}))
-            .await;
+    for name in ["made/here:2", "made/nowhere:1", "made/nowhere", &no_such_digest] {
+        let ended = world.execute(json!({"image_reference": registry.reference(name)})).await;
         assert_eq!(
             (ended.status(), ended.code()),
             ("rejected", "image.not_found"),
@@ -164,17 +138,8 @@ async fn a_registry_nobody_answers_at_is_a_failed_pull() {
     let world = World::start(&[("MAX_DELIVER", "2")]).await;
     let image = format!("127.0.0.1:{}/any:1", crate::support::process::free_port());
     let ended = world.execute(json!({"image_reference": image})).await;
-    assert_eq!(
-        (ended.status(), ended.code()),
-        ("error", "image.pull_failed"),
-        "{}",
-        ended.outcome
-    );
-    assert_eq!(
-        ended.outcome["attempt"], 2,
-        "it was tried again: {}",
-        ended.outcome
-    );
+    assert_eq!((ended.status(), ended.code()), ("error", "image.pull_failed"), "{}", ended.outcome);
+    assert_eq!(ended.outcome["attempt"], 2, "it was tried again: {}", ended.outcome);
     world.works(5).await;
 }
 
@@ -201,36 +166,20 @@ async fn a_registry_that_wants_a_password_gets_the_configured_one() {
     let cases = [
         ("no configuration", None, "image.unauthorized"),
         ("an empty one", Some(json!({})), "image.unauthorized"),
-        (
-            "a wrong password",
-            Some(json!({"auths": {host: {"auth": bad}}})),
-            "image.unauthorized",
-        ),
+        ("a wrong password", Some(json!({"auths": {host: {"auth": bad}}})), "image.unauthorized"),
         (
             "another registry's",
             Some(json!({"auths": {"127.0.0.1:1": {"auth": good}}})),
             "image.unauthorized",
         ),
-        (
-            "the right password",
-            Some(json!({"auths": {host: {"auth": good}}})),
-            "",
-        ),
-        (
-            "with a scheme",
-            Some(json!({"auths": {format!("http://{host}"): {"auth": good}}})),
-            "",
-        ),
+        ("the right password", Some(json!({"auths": {host: {"auth": good}}})), ""),
+        ("with a scheme", Some(json!({"auths": {format!("http://{host}"): {"auth": good}}})), ""),
         (
             "a helper for the registry",
             Some(json!({"credHelpers": {host: "worker-spawner-test"}})),
             "",
         ),
-        (
-            "a helper for all",
-            Some(json!({"credsStore": "worker-spawner-test"})),
-            "",
-        ),
+        ("a helper for all", Some(json!({"credsStore": "worker-spawner-test"})), ""),
     ];
     for (index, (what, config, code)) in cases.into_iter().enumerate() {
         // One for each: what the engine has already it needs no password for.
@@ -274,12 +223,7 @@ async fn a_helper_that_fails_does_not_take_the_job_down_with_it() {
     let world = World::start(&[("DOCKER_CONFIG", path_of(&config))]).await;
     let _guard = world.engine.remove_later(&image);
     let ended = world.execute(json!({"image_reference": image})).await;
-    assert_eq!(
-        ended.text(),
-        "came anyway\n",
-        "the registry needs no password: {}",
-        ended.outcome
-    );
+    assert_eq!(ended.text(), "came anyway\n", "the registry needs no password: {}", ended.outcome);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -302,11 +246,7 @@ async fn a_slow_registry_is_given_up_on_and_can_be_tried_again() {
             "{}",
             ended.outcome
         );
-        assert_eq!(
-            other.text(),
-            "meanwhile\n",
-            "who does not need the image does not wait for it"
-        );
+        assert_eq!(other.text(), "meanwhile\n", "who does not need the image does not wait for it");
         proxy.set(Flow::Open);
         let ended = world.execute(json!({"image_reference": image})).await;
         assert_eq!(ended.text(), format!("{name}\n"), "{}", ended.outcome);
@@ -323,16 +263,10 @@ async fn a_digest_names_one_image_for_ever() {
     let pinned = registry.reference(&format!("pinned@{digest}"));
     let both = registry.reference(&format!("pinned:1@{digest}"));
     let tagged = registry.reference("pinned:1");
-    let _guards = [
-        world.engine.remove_later(&pinned),
-        world.engine.remove_later(&tagged),
-    ];
-    for (image, words) in [
-        (&pinned, "first\n"),
-        (&pinned, "first\n"),
-        (&both, "first\n"),
-        (&tagged, "second\n"),
-    ] {
+    let _guards = [world.engine.remove_later(&pinned), world.engine.remove_later(&tagged)];
+    for (image, words) in
+        [(&pinned, "first\n"), (&pinned, "first\n"), (&both, "first\n"), (&tagged, "second\n")]
+    {
         let ended = world.execute(json!({"image_reference": image})).await;
         assert_eq!(ended.text(), words, "{image}: {}", ended.outcome);
         assert_eq!(ended.outcome["image"], json!(image));
@@ -353,43 +287,21 @@ async fn only_images_on_the_list_are_run() {
         (&unheard, "image.not_allowed"),
         ("python", "image.not_allowed"),
         ("docker.io/library/python:3", "image.not_allowed"),
-        (
-            "evil.example/worker-spawner-test/busybox:1",
-            "image.not_allowed",
-        ),
-        (
-            "docker.io.evil.example/worker-spawner-test/busybox:1",
-            "image.not_allowed",
-        ),
-        (
-            "localhost/worker-spawner-test/busybox:1",
-            "image.not_allowed",
-        ),
+        ("evil.example/worker-spawner-test/busybox:1", "image.not_allowed"),
+        ("docker.io.evil.example/worker-spawner-test/busybox:1", "image.not_allowed"),
+        ("localhost/worker-spawner-test/busybox:1", "image.not_allowed"),
         // These are on the list by their full names; that nobody has them comes after.
         ("worker-spawner-absent", "image.not_found"),
         ("library/worker-spawner-absent:2", "image.not_found"),
         ("docker.io/worker-spawner-absent", "image.not_found"),
-        (
-            "index.docker.io/library/worker-spawner-absent",
-            "image.not_found",
-        ),
+        ("index.docker.io/library/worker-spawner-absent", "image.not_found"),
         ("registry.example:5000/team/tool", "image.not_found"),
         ("registry.example/team/tool", "image.not_allowed"),
     ];
     for (image, code) in cases {
-        let ended = world
-            .execute(json!({"image_reference": image, "parameter": ["echo", "ran"]}))
-            .await;
-        let status = if code.is_empty() {
-            "succeeded"
-        } else {
-            "rejected"
-        };
-        assert_eq!(
-            (ended.status(), ended.code()),
-            (status, code),
-            "{image}: {}",
-            ended.outcome
-        );
+        let ended =
+            world.execute(json!({"image_reference": image, "parameter": ["echo", "ran"]})).await;
+        let status = if code.is_empty() { "succeeded" } else { "rejected" };
+        assert_eq!((ended.status(), ended.code()), (status, code), "{image}: {}", ended.outcome);
     }
 }

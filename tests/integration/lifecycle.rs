@@ -17,12 +17,7 @@ async fn an_idle_daemon_ends_when_asked() {
         world.works(2).await;
         world.daemon.signal(signal);
         let status = world.daemon.exit().await;
-        assert_eq!(
-            status.code(),
-            Some(0),
-            "{signal:?}: {}",
-            world.daemon.log().text()
-        );
+        assert_eq!(status.code(), Some(0), "{signal:?}: {}", world.daemon.log().text());
     }
 }
 
@@ -53,10 +48,7 @@ async fn what_runs_is_finished_and_what_waits_is_given_back() {
     // It takes nothing more, which the server knows once the daemon has said so.
     eventually("nobody listens any more", || async {
         let (_, request) = world.complete(json!({"parameter": "true"}));
-        let asked = world
-            .client
-            .request("functions.run", request.to_string().into())
-            .await;
+        let asked = world.client.request("functions.run", request.to_string().into()).await;
         asked.is_err_and(|error| error.kind() == async_nats::RequestErrorKind::NoResponders)
     })
     .await;
@@ -68,15 +60,8 @@ async fn what_runs_is_finished_and_what_waits_is_given_back() {
     for held in &running {
         assert_eq!(world.results.wait_for(&held.id).await.payload, "released\n");
     }
-    assert!(
-        world.containers().await.is_empty(),
-        "it cleans up before it goes"
-    );
-    assert!(
-        world.tally().values().all(|count| *count == 1),
-        "{:?}",
-        world.tally()
-    );
+    assert!(world.containers().await.is_empty(), "it cleans up before it goes");
+    assert!(world.tally().values().all(|count| *count == 1), "{:?}", world.tally());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -105,10 +90,7 @@ async fn what_does_not_finish_in_time_is_stopped_and_told() {
             message.headers
         );
     }
-    assert!(
-        world.containers().await.is_empty(),
-        "it cleans up before it goes"
-    );
+    assert!(world.containers().await.is_empty(), "it cleans up before it goes");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -120,11 +102,7 @@ async fn a_second_signal_is_obeyed_at_once() {
         // Both must be noticed as two: the second is sent when the first has had its effect.
         eventually("the first signal is being obeyed", || async {
             let (_, request) = world.complete(json!({"parameter": "true"}));
-            world
-                .client
-                .request("functions.run", request.to_string().into())
-                .await
-                .is_err()
+            world.client.request("functions.run", request.to_string().into()).await.is_err()
         })
         .await;
         world.daemon.signal(second);
@@ -160,10 +138,7 @@ async fn a_daemon_killed_at_any_moment_leaves_nothing_for_good() {
         for _ in 0..20 {
             world.submit(json!({"parameter": "true"})).await;
         }
-        world
-            .results
-            .wait_for_count(before + results, crate::support::wait::PATIENCE)
-            .await;
+        world.results.wait_for_count(before + results, crate::support::wait::PATIENCE).await;
         world.crash_and_restart().await;
     }
     world.clean().await;
@@ -192,10 +167,7 @@ async fn a_live_neighbours_containers_are_left_alone() {
     let left = neighbour.engine.containers_of(&theirs.id).await;
     assert_eq!(left.len(), 1, "the neighbour's is there");
     neighbour.release(&theirs).await;
-    assert_eq!(
-        neighbour.results.wait_for(&theirs.id).await.payload,
-        "released\n"
-    );
+    assert_eq!(neighbour.results.wait_for(&theirs.id).await.payload, "released\n");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -208,15 +180,8 @@ async fn containers_of_nobodys_are_not_touched() {
     let mut second = Daemon::spawn(&world.settings);
     second.wait_ready().await;
     world.works(5).await;
-    let left = world
-        .engine
-        .docker()
-        .inspect_container(&foreign.id, None)
-        .await;
-    assert!(
-        left.is_ok(),
-        "a container with labels of somebody else's is gone"
-    );
+    let left = world.engine.docker().inspect_container(&foreign.id, None).await;
+    assert!(left.is_ok(), "a container with labels of somebody else's is gone");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -224,16 +189,9 @@ async fn a_container_removed_from_outside_does_not_keep_its_slot() {
     let world = World::start(&[("MAX_CONTAINERS", "1"), ("MAX_DELIVER", "1")]).await;
     let id = world.submit(held(json!({}))).await;
     let container = world.engine.running(&id).await;
-    let options = bollard::query_parameters::RemoveContainerOptions {
-        force: true,
-        ..Default::default()
-    };
-    world
-        .engine
-        .docker()
-        .remove_container(&container, Some(options))
-        .await
-        .unwrap();
+    let options =
+        bollard::query_parameters::RemoveContainerOptions { force: true, ..Default::default() };
+    world.engine.docker().remove_container(&container, Some(options)).await.unwrap();
     let message = world.results.wait_for(&id).await;
     let status = header(&message, "Job-Status").unwrap();
     assert_ne!(status, "succeeded", "{:?}", message.headers);
@@ -244,32 +202,12 @@ async fn a_container_removed_from_outside_does_not_keep_its_slot() {
 async fn a_container_killed_from_outside_is_reported_as_killed() {
     let world = World::start(&[]).await;
     let held = world.hold().await;
-    world
-        .engine
-        .docker()
-        .kill_container(&held.container, None)
-        .await
-        .unwrap();
+    world.engine.docker().kill_container(&held.container, None).await.unwrap();
     let message = world.results.wait_for(&held.id).await;
-    assert_eq!(
-        header(&message, "Job-Status").as_deref(),
-        Some("failed"),
-        "{:?}",
-        message.headers
-    );
-    assert_eq!(
-        header(&message, "Job-Exit-Code").as_deref(),
-        Some("137"),
-        "{:?}",
-        message.headers
-    );
+    assert_eq!(header(&message, "Job-Status").as_deref(), Some("failed"), "{:?}", message.headers);
+    assert_eq!(header(&message, "Job-Exit-Code").as_deref(), Some("137"), "{:?}", message.headers);
     world.engine.gone(&held.id).await;
     assert!(
-        world
-            .engine
-            .containers()
-            .await
-            .iter()
-            .all(|left| label(left, JOB_LABEL) != Some(&held.id))
+        world.engine.containers().await.iter().all(|left| label(left, JOB_LABEL) != Some(&held.id))
     );
 }

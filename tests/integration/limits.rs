@@ -28,12 +28,7 @@ async fn a_job_past_its_deadline_is_asked_and_then_made_to_stop() {
     for ended in [&polite, &stubborn, &plain] {
         assert_eq!(ended.status(), "timed_out", "{}", ended.outcome);
     }
-    assert_eq!(
-        polite.text(),
-        "hello\nbye\n",
-        "what it printed is kept: {}",
-        polite.outcome
-    );
+    assert_eq!(polite.text(), "hello\nbye\n", "what it printed is kept: {}", polite.outcome);
     assert_eq!(stubborn.text(), "hello\n", "{}", stubborn.outcome);
     assert_eq!(early.status(), "succeeded", "{}", early.outcome);
     let took = stubborn.outcome["timings_ms"]["run"].as_f64().unwrap();
@@ -44,12 +39,9 @@ async fn a_job_past_its_deadline_is_asked_and_then_made_to_stop() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_job_without_a_deadline_has_the_operators() {
-    let world = World::start(&[
-        ("DEFAULT_TIMEOUT", "2s"),
-        ("MAX_TIMEOUT", "20s"),
-        ("STOP_GRACE", "100ms"),
-    ])
-    .await;
+    let world =
+        World::start(&[("DEFAULT_TIMEOUT", "2s"), ("MAX_TIMEOUT", "20s"), ("STOP_GRACE", "100ms")])
+            .await;
     let (silent, own) = tokio::join!(
         world.execute(json!({"parameter": "sleep 1000"})),
         world.execute(json!({"parameter": "sleep 4", "timeout_ms": 20_000})),
@@ -61,9 +53,7 @@ async fn a_job_without_a_deadline_has_the_operators() {
         "a longer one of its own within the maximum: {}",
         own.outcome
     );
-    let beyond = world
-        .execute(json!({"parameter": "true", "timeout_ms": 20_001}))
-        .await;
+    let beyond = world.execute(json!({"parameter": "true", "timeout_ms": 20_001})).await;
     assert_eq!(beyond.code(), "request.invalid_field", "{}", beyond.outcome);
 }
 
@@ -71,9 +61,7 @@ async fn a_job_without_a_deadline_has_the_operators() {
 async fn a_process_a_function_leaves_behind_ends_with_it() {
     let world = World::start(&[]).await;
     let script = "(trap '' TERM; while :; do sleep 1; done) & echo left it";
-    let ended = world
-        .execute(json!({"parameter": ["sh", "-c", script]}))
-        .await;
+    let ended = world.execute(json!({"parameter": ["sh", "-c", script]})).await;
     assert_eq!(
         (ended.status(), ended.text().as_str()),
         ("succeeded", "left it\n"),
@@ -110,12 +98,7 @@ async fn running_out_of_memory_is_told_from_being_killed() {
         eater.outcome
     );
 
-    assert_eq!(
-        parent.status(),
-        "succeeded",
-        "the function itself ended well: {}",
-        parent.outcome
-    );
+    assert_eq!(parent.status(), "succeeded", "the function itself ended well: {}", parent.outcome);
     assert_eq!(
         parent.outcome["oom_killed"], true,
         "and it is said that a part of it did not: {}",
@@ -124,12 +107,7 @@ async fn running_out_of_memory_is_told_from_being_killed() {
     assert_eq!(parent.text(), "went on\n");
 
     for ended in [&killed, &pretender] {
-        assert_eq!(
-            (ended.status(), ended.exit_code()),
-            ("failed", Some(137)),
-            "{}",
-            ended.outcome
-        );
+        assert_eq!((ended.status(), ended.exit_code()), ("failed", Some(137)), "{}", ended.outcome);
         assert_ne!(ended.outcome["oom_killed"], true, "{}", ended.outcome);
     }
     assert_eq!(killed.outcome["signal"], 9, "{}", killed.outcome);
@@ -141,9 +119,7 @@ async fn running_out_of_memory_is_told_from_being_killed() {
 async fn a_signal_is_reported_as_one() {
     let world = World::start(&[]).await;
     for (name, number) in [("TERM", 15), ("SEGV", 11), ("USR1", 10)] {
-        let ended = world
-            .execute(json!({"parameter": format!("sh -c 'kill -{name} $$'")}))
-            .await;
+        let ended = world.execute(json!({"parameter": format!("sh -c 'kill -{name} $$'")})).await;
         assert_eq!(ended.status(), "failed", "{}", ended.outcome);
         assert_eq!(ended.exit_code(), Some(128 + number), "{}", ended.outcome);
         assert_eq!(ended.outcome["signal"], json!(number), "{}", ended.outcome);
@@ -152,12 +128,9 @@ async fn a_signal_is_reported_as_one() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_fork_bomb_hurts_nobody_but_itself() {
-    let world = World::start(&[
-        ("MAX_CONTAINERS", "2"),
-        ("PIDS_LIMIT", "48"),
-        ("STOP_GRACE", "500ms"),
-    ])
-    .await;
+    let world =
+        World::start(&[("MAX_CONTAINERS", "2"), ("PIDS_LIMIT", "48"), ("STOP_GRACE", "500ms")])
+            .await;
     let bomb = json!({"parameter": ["sh", "-c", "bomb() { bomb | bomb & }; bomb; while :; do bomb; done"], "timeout_ms": 6000});
     let mut burst = Box::pin(world.execute(bomb));
     let mut others = 0;
@@ -171,42 +144,23 @@ async fn a_fork_bomb_hurts_nobody_but_itself() {
         }
     };
     assert!(others > 0, "others ran meanwhile");
-    assert!(
-        ["timed_out", "failed"].contains(&ended.status()),
-        "{}",
-        ended.outcome
-    );
+    assert!(["timed_out", "failed"].contains(&ended.status()), "{}", ended.outcome);
     world.clean().await;
     world.works(2).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_job_can_have_less_than_the_operator_gives_and_sees_it() {
-    let world = World::start(&[
-        ("MEMORY_LIMIT", "256MiB"),
-        ("PIDS_LIMIT", "100"),
-        ("CPU_LIMIT", "1"),
-    ])
-    .await;
+    let world =
+        World::start(&[("MEMORY_LIMIT", "256MiB"), ("PIDS_LIMIT", "100"), ("CPU_LIMIT", "1")])
+            .await;
     let show = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/pids/pids.max \
                 /sys/fs/cgroup/cpu/cpu.cfs_quota_us 2>/dev/null || \
                 { cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max; cut -d' ' -f1 /sys/fs/cgroup/cpu.max; }";
-    let ended = world
-        .execute(json!({"parameter": ["sh", "-c", show]}))
-        .await;
-    assert_eq!(
-        ended.text(),
-        format!("{}\n100\n100000\n", 256 << 20),
-        "{}",
-        ended.outcome
-    );
+    let ended = world.execute(json!({"parameter": ["sh", "-c", show]})).await;
+    assert_eq!(ended.text(), format!("{}\n100\n100000\n", 256 << 20), "{}", ended.outcome);
     let less =
         json!({"parameter": ["sh", "-c", show], "memory_bytes": 64 << 20, "pids": 10, "cpus": 0.5});
     let ended = world.execute(less).await;
-    assert_eq!(
-        ended.text(),
-        format!("{}\n10\n50000\n", 64 << 20),
-        "{}",
-        ended.outcome
-    );
+    assert_eq!(ended.text(), format!("{}\n10\n50000\n", 64 << 20), "{}", ended.outcome);
 }

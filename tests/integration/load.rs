@@ -20,11 +20,7 @@ async fn three_hundred_programs_that_end_at_once_lose_no_output() {
     for (n, id) in ids.iter().enumerate() {
         let (_, request) =
             world.complete(json!({"id": id, "parameter": ["echo", format!("output {n}")]}));
-        world
-            .client
-            .publish("functions.execute", request.to_string().into())
-            .await
-            .unwrap();
+        world.client.publish("functions.execute", request.to_string().into()).await.unwrap();
     }
     world.results.wait_for_count(300, MANY).await;
     world.clean().await;
@@ -42,12 +38,7 @@ async fn three_hundred_programs_that_end_at_once_lose_no_output() {
             (!right).then(|| format!("{n}: {:?} {:?}", message.payload, message.headers))
         })
         .collect();
-    assert!(
-        wrong.is_empty(),
-        "{} of 300 went wrong:\n{}",
-        wrong.len(),
-        wrong.join("\n")
-    );
+    assert!(wrong.is_empty(), "{} of 300 went wrong:\n{}", wrong.len(), wrong.join("\n"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -57,19 +48,12 @@ async fn a_burst_of_ten_thousand_is_received_whole() {
     let mut ids = Vec::with_capacity(BURST);
     for _ in 0..BURST {
         let (id, request) = world.complete(json!({"parameter": "true"}));
-        world
-            .client
-            .publish("functions.execute", request.to_string().into())
-            .await
-            .unwrap();
+        world.client.publish("functions.execute", request.to_string().into()).await.unwrap();
         ids.push(id);
     }
     round_trip(&world.client).await;
     if long() {
-        world
-            .results
-            .wait_for_count(BURST, std::time::Duration::from_secs(3 * 3600))
-            .await;
+        world.results.wait_for_count(BURST, std::time::Duration::from_secs(3 * 3600)).await;
     } else {
         // Enough to know that work goes on while the rest waits.
         world.results.wait_for_count(20, PATIENCE).await;
@@ -82,11 +66,7 @@ async fn a_burst_of_ten_thousand_is_received_whole() {
     round_trip(&world.client).await;
     let tally = world.tally();
     let wrong: Vec<&String> = ids.iter().filter(|id| tally.get(*id) != Some(&1)).collect();
-    assert!(
-        wrong.is_empty(),
-        "{} of {BURST} have not exactly one result",
-        wrong.len()
-    );
+    assert!(wrong.is_empty(), "{} of {BURST} have not exactly one result", wrong.len());
     let mut ends: HashMap<(String, String), usize> = HashMap::new();
     for message in world.results.all() {
         let end = (
@@ -95,12 +75,8 @@ async fn a_burst_of_ten_thousand_is_received_whole() {
         );
         *ends.entry(end).or_default() += 1;
     }
-    let succeeded = ends
-        .remove(&("succeeded".into(), String::new()))
-        .unwrap_or_default();
-    let stopped = ends
-        .remove(&("error".into(), "worker.shutting_down".into()))
-        .unwrap_or_default();
+    let succeeded = ends.remove(&("succeeded".into(), String::new())).unwrap_or_default();
+    let stopped = ends.remove(&("error".into(), "worker.shutting_down".into())).unwrap_or_default();
     assert_eq!(succeeded + stopped, BURST, "other ends: {ends:?}");
     assert!(succeeded >= 20);
     if long() {
@@ -122,28 +98,15 @@ async fn what_the_buffer_cannot_hold_is_refused_and_said_once() {
     world.results.wait_for_count(40, PATIENCE).await;
     for message in world.results.all() {
         assert_eq!(header(&message, "Job-Status").as_deref(), Some("error"));
-        assert_eq!(
-            header(&message, "Job-Error").as_deref(),
-            Some("buffer.full")
-        );
+        assert_eq!(header(&message, "Job-Error").as_deref(), Some("buffer.full"));
     }
     world.release(&held).await;
     world.results.wait_for_count(61, MANY).await;
     let tally = world.tally();
-    assert!(
-        ids.iter().all(|id| tally.get(id) == Some(&1)),
-        "each has one result: {tally:?}"
-    );
-    let through = world
-        .results
-        .all()
-        .iter()
-        .filter(|message| message.payload == "through\n")
-        .count();
-    assert!(
-        (10..=12).contains(&through),
-        "{through} of 60 fit into 10 places and the hands"
-    );
+    assert!(ids.iter().all(|id| tally.get(id) == Some(&1)), "each has one result: {tally:?}");
+    let through =
+        world.results.all().iter().filter(|message| message.payload == "through\n").count();
+    assert!((10..=12).contains(&through), "{through} of 60 fit into 10 places and the hands");
     let told: Vec<String> = world
         .daemon
         .log()
@@ -166,9 +129,7 @@ async fn what_waits_is_counted_in_bytes_as_well() {
     let held = world.hold().await;
     let weight = "x".repeat(300_000);
     for _ in 0..10 {
-        world
-            .submit(json!({"parameter": "wc -c", "stdin": weight}))
-            .await;
+        world.submit(json!({"parameter": "wc -c", "stdin": weight})).await;
     }
     world.results.wait_for_count(5, PATIENCE).await;
     world.release(&held).await;
@@ -194,34 +155,21 @@ async fn good_bad_and_slow_requests_do_not_get_in_each_others_way() {
         async move {
             match n % 5 {
                 0 => assert_eq!(
-                    world
-                        .execute(json!({"parameter": "echo good"}))
-                        .await
-                        .text(),
+                    world.execute(json!({"parameter": "echo good"})).await.text(),
                     "good\n"
                 ),
-                1 => assert_eq!(
-                    world.execute(json!({"parameter": 7})).await.status(),
-                    "rejected"
-                ),
+                1 => assert_eq!(world.execute(json!({"parameter": 7})).await.status(), "rejected"),
                 2 => assert_eq!(
-                    world
-                        .execute(json!({"parameter": "no-such-program"}))
-                        .await
-                        .status(),
+                    world.execute(json!({"parameter": "no-such-program"})).await.status(),
                     "rejected"
                 ),
                 3 => assert_eq!(
-                    world
-                        .execute(json!({"parameter": "false"}))
-                        .await
-                        .exit_code(),
+                    world.execute(json!({"parameter": "false"})).await.exit_code(),
                     Some(1)
                 ),
                 _ => {
-                    let slow = world
-                        .execute(json!({"parameter": "sleep 100", "timeout_ms": 500}))
-                        .await;
+                    let slow =
+                        world.execute(json!({"parameter": "sleep 100", "timeout_ms": 500})).await;
                     assert_eq!(slow.status(), "timed_out", "{}", slow.outcome);
                 }
             }

@@ -10,54 +10,17 @@ use crate::support::world::{Ended, World, decoded};
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn output_of_every_kind_comes_back_byte_for_byte() {
     let world = World::start(&[]).await;
-    let many = (0..20_000)
-        .map(|n| format!("line {n}\n"))
-        .collect::<String>();
+    let many = (0..20_000).map(|n| format!("line {n}\n")).collect::<String>();
     let cases: Vec<(&str, Value, Vec<u8>, Vec<u8>)> = vec![
         ("nothing", json!("true"), vec![], vec![]),
         ("no line break", json!("printf x"), b"x".to_vec(), vec![]),
-        (
-            "only errors",
-            json!("sh -c 'echo e >&2'"),
-            vec![],
-            b"e\n".to_vec(),
-        ),
-        (
-            "both",
-            json!("sh -c 'echo o; echo e >&2'"),
-            b"o\n".to_vec(),
-            b"e\n".to_vec(),
-        ),
-        (
-            "NULs",
-            json!(["printf", "a\\0b\\0\\0"]),
-            b"a\0b\0\0".to_vec(),
-            vec![],
-        ),
-        (
-            "not UTF-8",
-            json!(["printf", "\\377\\376x"]),
-            b"\xff\xfex".to_vec(),
-            vec![],
-        ),
-        (
-            "every byte",
-            json!("cat /etc/every-byte"),
-            every_byte(),
-            vec![],
-        ),
-        (
-            "every byte, as errors",
-            json!("sh -c 'cat /etc/every-byte >&2'"),
-            vec![],
-            every_byte(),
-        ),
-        (
-            "carriage returns",
-            json!(["printf", "a\\r\\nb\\r"]),
-            b"a\r\nb\r".to_vec(),
-            vec![],
-        ),
+        ("only errors", json!("sh -c 'echo e >&2'"), vec![], b"e\n".to_vec()),
+        ("both", json!("sh -c 'echo o; echo e >&2'"), b"o\n".to_vec(), b"e\n".to_vec()),
+        ("NULs", json!(["printf", "a\\0b\\0\\0"]), b"a\0b\0\0".to_vec(), vec![]),
+        ("not UTF-8", json!(["printf", "\\377\\376x"]), b"\xff\xfex".to_vec(), vec![]),
+        ("every byte", json!("cat /etc/every-byte"), every_byte(), vec![]),
+        ("every byte, as errors", json!("sh -c 'cat /etc/every-byte >&2'"), vec![], every_byte()),
+        ("carriage returns", json!(["printf", "a\\r\\nb\\r"]), b"a\r\nb\r".to_vec(), vec![]),
         (
             "terminal codes",
             json!(["printf", "\\033[31mred\\033[0m"]),
@@ -82,16 +45,8 @@ async fn output_of_every_kind_comes_back_byte_for_byte() {
         async move {
             let ended = world.execute(json!({"parameter": parameter})).await;
             assert_eq!(ended.status(), "succeeded", "{what}: {}", ended.outcome);
-            assert!(
-                ended.stdout() == out,
-                "{what}: standard output differs: {}",
-                ended.outcome
-            );
-            assert!(
-                ended.stderr() == err,
-                "{what}: standard error differs: {}",
-                ended.outcome
-            );
+            assert!(ended.stdout() == out, "{what}: standard output differs: {}", ended.outcome);
+            assert!(ended.stderr() == err, "{what}: standard error differs: {}", ended.outcome);
             assert_eq!(
                 ended.result.payload.len(),
                 out.len() + err.len(),
@@ -105,11 +60,7 @@ async fn output_of_every_kind_comes_back_byte_for_byte() {
             }
             for (name, bytes) in [("stdout_encoding", &out), ("stderr_encoding", &err)] {
                 let encoding = ended.outcome[name].as_str();
-                let wanted = if std::str::from_utf8(bytes).is_ok() {
-                    "utf8"
-                } else {
-                    "base64"
-                };
+                let wanted = if std::str::from_utf8(bytes).is_ok() { "utf8" } else { "base64" };
                 assert!(
                     encoding == Some(wanted) || (encoding.is_none() && bytes.is_empty()),
                     "{what}: {encoding:?}"
@@ -127,13 +78,8 @@ async fn the_body_holds_both_streams_as_they_came() {
     let world = World::start(&[]).await;
     // The pauses make the order one that can be relied on; without them the kernel may merge.
     let script = "for i in 1 2 3; do echo out $i; sleep 0.3; echo err $i >&2; sleep 0.3; done";
-    let ended = world
-        .execute(json!({"parameter": ["sh", "-c", script]}))
-        .await;
-    assert_eq!(
-        ended.result.payload,
-        "out 1\nerr 1\nout 2\nerr 2\nout 3\nerr 3\n"
-    );
+    let ended = world.execute(json!({"parameter": ["sh", "-c", script]})).await;
+    assert_eq!(ended.result.payload, "out 1\nerr 1\nout 2\nerr 2\nout 3\nerr 3\n");
     assert_eq!(ended.text(), "out 1\nout 2\nout 3\n");
     assert_eq!(ended.stderr(), b"err 1\nerr 2\nerr 3\n");
 }
@@ -153,51 +99,30 @@ async fn output_past_the_limit_is_dropped_and_said_to_be() {
     );
 
     let ended = world.execute(json!({"parameter": count(1001, "")})).await;
-    assert!(
-        ended.stdout() == yes[..1000],
-        "one too many: {}",
-        ended.outcome
-    );
+    assert!(ended.stdout() == yes[..1000], "one too many: {}", ended.outcome);
     assert_eq!(ended.outcome["stdout_truncated"], true);
     assert_ne!(ended.outcome["stderr_truncated"], true);
-    assert_eq!(
-        ended.header("Job-Output-Truncated").as_deref(),
-        Some("true")
-    );
+    assert_eq!(ended.header("Job-Output-Truncated").as_deref(), Some("true"));
     assert!(ended.result.payload == yes[..1000]);
     assert_eq!(ended.status(), "succeeded", "too much output is no failure");
 
-    let ended = world
-        .execute(json!({"parameter": count(5000, ">&2")}))
-        .await;
+    let ended = world.execute(json!({"parameter": count(5000, ">&2")})).await;
     assert!(ended.stderr() == yes[..1000], "errors: {}", ended.outcome);
     assert_eq!(ended.outcome["stderr_truncated"], true);
     assert_ne!(ended.outcome["stdout_truncated"], true);
 
     // Each stream has its own limit: a talkative one does not silence the other.
     let script = "yes abcdefg | head -c 5000; echo the reason >&2; exit 9";
-    let ended = world
-        .execute(json!({"parameter": ["sh", "-c", script]}))
-        .await;
+    let ended = world.execute(json!({"parameter": ["sh", "-c", script]})).await;
     assert_eq!(ended.stderr(), b"the reason\n", "{}", ended.outcome);
-    assert_eq!(
-        ended.exit_code(),
-        Some(9),
-        "the container goes on past the limit"
-    );
+    assert_eq!(ended.exit_code(), Some(9), "the container goes on past the limit");
 
     // The limit falls within a character of two bytes.
     let script = "printf x; yes é | tr -d '\\n' | head -c 3000";
-    let ended = world
-        .execute(json!({"parameter": ["sh", "-c", script]}))
-        .await;
+    let ended = world.execute(json!({"parameter": ["sh", "-c", script]})).await;
     let full = format!("x{}", "é".repeat(1500)).into_bytes();
     let out = ended.stdout();
-    assert!(
-        full.starts_with(&out) && (999..=1000).contains(&out.len()),
-        "{}",
-        ended.outcome
-    );
+    assert!(full.starts_with(&out) && (999..=1000).contains(&out.len()), "{}", ended.outcome);
     assert!(is_cut(&ended));
     world.clean().await;
 }
@@ -205,71 +130,36 @@ async fn output_past_the_limit_is_dropped_and_said_to_be() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_gigabyte_without_a_line_break_neither_fills_the_memory_nor_blocks() {
     let world = World::start(&[]).await;
-    let ended = world
-        .execute(json!({"parameter": "head -c 1073741824 /dev/zero"}))
-        .await;
-    assert_eq!(
-        ended.status(),
-        "succeeded",
-        "it ran to its end: {}",
-        ended.outcome["error"]
-    );
+    let ended = world.execute(json!({"parameter": "head -c 1073741824 /dev/zero"})).await;
+    assert_eq!(ended.status(), "succeeded", "it ran to its end: {}", ended.outcome["error"]);
     assert_eq!(ended.outcome["stdout_truncated"], true);
-    assert_eq!(
-        ended.header("Job-Output-Truncated").as_deref(),
-        Some("true")
-    );
+    assert_eq!(ended.header("Job-Output-Truncated").as_deref(), Some("true"));
     let out = ended.stdout();
-    assert!(
-        !out.is_empty() && out.len() <= 512 * 1024,
-        "{} bytes kept",
-        out.len()
-    );
+    assert!(!out.is_empty() && out.len() <= 512 * 1024, "{} bytes kept", out.len());
     assert!(out.iter().all(|byte| *byte == 0));
     let peak = world.daemon.peak_memory();
-    assert!(
-        peak < 128 << 20,
-        "{peak} bytes of memory for one job's output"
-    );
-    world
-        .engine
-        .gone(ended.outcome["id"].as_str().unwrap())
-        .await;
+    assert!(peak < 128 << 20, "{peak} bytes of memory for one job's output");
+    world.engine.gone(ended.outcome["id"].as_str().unwrap()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn what_a_server_would_refuse_is_cut_and_the_connection_stays() {
     for max_payload in [4096, 65_536] {
-        let nats = NatsOptions {
-            max_payload: Some(max_payload),
-            ..NatsOptions::default()
-        };
+        let nats = NatsOptions { max_payload: Some(max_payload), ..NatsOptions::default() };
         let world = World::with(nats, Engine::shared().await, &[]).await;
         let cases = [
             ("text", "yes abcdefg | head -c 300000"),
             ("bytes JSON has to spell out", "head -c 300000 /dev/zero"),
-            (
-                "bytes that are no text",
-                "yes | tr y '\\377' | head -c 300000",
-            ),
+            ("bytes that are no text", "yes | tr y '\\377' | head -c 300000"),
             ("errors", "yes abcdefg | head -c 300000 >&2"),
-            (
-                "both",
-                "yes abcdefg | head -c 300000; yes abcdefg | head -c 300000 >&2",
-            ),
+            ("both", "yes abcdefg | head -c 300000; yes abcdefg | head -c 300000 >&2"),
             ("quotes", "yes '\"' | tr -d '\\n' | head -c 300000"),
         ];
         for (what, script) in cases {
-            let ended = world
-                .execute(json!({"parameter": ["sh", "-c", script]}))
-                .await;
+            let ended = world.execute(json!({"parameter": ["sh", "-c", script]})).await;
             assert_eq!(ended.status(), "succeeded", "{what}: {}", ended.outcome);
             assert!(is_cut(&ended), "{what}: it says so: {}", ended.outcome);
-            assert_eq!(
-                ended.header("Job-Output-Truncated").as_deref(),
-                Some("true"),
-                "{what}"
-            );
+            assert_eq!(ended.header("Job-Output-Truncated").as_deref(), Some("true"), "{what}");
             assert!(
                 ended.result.payload.len() > max_payload / 4,
                 "{what}: as much as fits is kept"
@@ -280,16 +170,11 @@ async fn what_a_server_would_refuse_is_cut_and_the_connection_stays() {
                 ended.outcome
             );
         }
-        let outcome = world
-            .run(json!({"parameter": "sh -c 'yes | head -c 300000'"}))
-            .await;
+        let outcome = world.run(json!({"parameter": "sh -c 'yes | head -c 300000'"})).await;
         assert_eq!(outcome["stdout_truncated"], true);
         assert!(!decoded(&outcome, "stdout").is_empty());
         let log = world.nats.log();
-        assert!(
-            !log.to_lowercase().contains("maximum payload"),
-            "the server saw too much:\n{log}"
-        );
+        assert!(!log.to_lowercase().contains("maximum payload"), "the server saw too much:\n{log}");
         let clients = world.daemon.log().text();
         assert!(
             !clients.to_lowercase().contains("disconnected"),

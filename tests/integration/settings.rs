@@ -61,19 +61,11 @@ async fn one_bad_setting_of_any_kind_is_a_refusal_to_start() {
         let mut daemon = Daemon::spawn(&Settings::new().set("NATS_URL", &url).set(name, value));
         let status = tokio::time::timeout(std::time::Duration::from_secs(20), daemon.exit()).await;
         let told = daemon.log().text();
-        if !status
-            .as_ref()
-            .is_ok_and(|status| status.code() == Some(78))
-            || !told.contains(name)
-        {
+        if !status.as_ref().is_ok_and(|status| status.code() == Some(78)) || !told.contains(name) {
             wrong.push(format!("{name}={value}: {status:?}\n{told}"));
         }
     }
-    assert!(
-        wrong.is_empty(),
-        "accepted, or refused without a name:\n{}",
-        wrong.join("\n")
-    );
+    assert!(wrong.is_empty(), "accepted, or refused without a name:\n{}", wrong.join("\n"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -92,18 +84,13 @@ async fn a_refusal_shows_no_secret() {
     let status = daemon.exit().await;
     let told = daemon.log().text();
     assert_eq!(status.code(), Some(78), "{told}");
-    assert!(
-        !told.to_lowercase().contains("secret"),
-        "a secret is shown:\n{told}"
-    );
+    assert!(!told.to_lowercase().contains("secret"), "a secret is shown:\n{told}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_runtime_the_engine_lacks_is_no_reason_to_use_another() {
     let server = crate::support::nats::NatsServer::start().await;
-    let settings = Settings::new()
-        .nats(&server)
-        .set("CONTAINER_RUNTIME", "no-such-runtime");
+    let settings = Settings::new().nats(&server).set("CONTAINER_RUNTIME", "no-such-runtime");
     let mut daemon = Daemon::spawn(&settings);
     let status = daemon.exit().await;
     let told = daemon.log().text();

@@ -23,21 +23,14 @@ impl Settings {
     /// engine.
     pub(crate) fn new() -> Self {
         let mut settings = Self(BTreeMap::new());
-        for name in [
-            "PATH",
-            "DOCKER_HOST",
-            "DOCKER_TLS_VERIFY",
-            "DOCKER_CERT_PATH",
-            "LLVM_PROFILE_FILE",
-        ] {
+        for name in
+            ["PATH", "DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "LLVM_PROFILE_FILE"]
+        {
             if let Ok(value) = std::env::var(name) {
                 settings = settings.set(name, &value);
             }
         }
-        settings
-            .set("RUST_LOG", "info")
-            .set("LOG_FORMAT", "json")
-            .set("DELIVERY", "core")
+        settings.set("RUST_LOG", "info").set("LOG_FORMAT", "json").set("DELIVERY", "core")
     }
 
     pub(crate) fn set(mut self, name: &str, value: &str) -> Self {
@@ -93,11 +86,7 @@ impl Daemon {
         let log = Log::default();
         log.follow(child.stdout.take().unwrap());
         log.follow(child.stderr.take().unwrap());
-        Self {
-            child,
-            log,
-            _home: home,
-        }
+        Self { child, log, _home: home }
     }
 
     /// Waits until it says that it takes requests.
@@ -134,16 +123,8 @@ impl Daemon {
     /// Most memory it ever held, in bytes.
     pub(crate) fn peak_memory(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmHWM:"))
-            .unwrap();
-        line.trim()
-            .trim_end_matches(" kB")
-            .trim()
-            .parse::<u64>()
-            .unwrap()
-            * 1024
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() * 1024
     }
 }
 
@@ -151,11 +132,7 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         process::end(&mut self.child);
         if std::thread::panicking() {
-            eprintln!(
-                "--- log of the daemon {}\n{}",
-                self.child.id(),
-                self.log.text()
-            );
+            eprintln!("--- log of the daemon {}\n{}", self.child.id(), self.log.text());
         }
     }
 }
@@ -169,10 +146,7 @@ pub(crate) struct Log {
 
 impl Default for Log {
     fn default() -> Self {
-        Self {
-            lines: Arc::default(),
-            count: Arc::new(watch::channel(0).0),
-        }
+        Self { lines: Arc::default(), count: Arc::new(watch::channel(0).0) }
     }
 }
 
@@ -199,10 +173,7 @@ impl Log {
     /// The events so far; what is not an event is `null`.
     pub(crate) fn events(&self) -> Vec<Value> {
         let lines = self.lines.lock().unwrap();
-        lines
-            .iter()
-            .map(|line| serde_json::from_str(line).unwrap_or(Value::Null))
-            .collect()
+        lines.iter().map(|line| serde_json::from_str(line).unwrap_or(Value::Null)).collect()
     }
 
     /// Waits for an event that `matches`, from the start of the log on.

@@ -37,13 +37,7 @@ impl Engine {
     pub(crate) async fn shared() -> Self {
         let host = std::env::var("DOCKER_HOST").ok();
         let docker = Docker::connect_with_defaults().unwrap();
-        Self {
-            docker: docker
-                .negotiate_version()
-                .await
-                .expect("a Docker engine is needed"),
-            host,
-        }
+        Self { docker: docker.negotiate_version().await.expect("a Docker engine is needed"), host }
     }
 
     /// The image's name on this engine, made if it was not there.
@@ -54,11 +48,8 @@ impl Engine {
     /// All containers, running or not, that are labelled as a job's.
     pub(crate) async fn containers(&self) -> Vec<ContainerSummary> {
         let filters = HashMap::from([("label".to_string(), vec![JOB_LABEL.to_string()])]);
-        let options = ListContainersOptions {
-            all: true,
-            filters: Some(filters),
-            ..Default::default()
-        };
+        let options =
+            ListContainersOptions { all: true, filters: Some(filters), ..Default::default() };
         self.docker.list_containers(Some(options)).await.unwrap()
     }
 
@@ -111,11 +102,7 @@ impl Engine {
             ..Default::default()
         };
         let exec = self.docker.create_exec(container, config).await.unwrap();
-        let started = self
-            .docker
-            .start_exec(&exec.id, None::<StartExecOptions>)
-            .await
-            .unwrap();
+        let started = self.docker.start_exec(&exec.id, None::<StartExecOptions>).await.unwrap();
         let StartExecResults::Attached { mut output, .. } = started else {
             panic!("exec did not attach")
         };
@@ -142,31 +129,22 @@ impl Engine {
                 return;
             };
             let filters = HashMap::from([("label".to_string(), vec![JOB_LABEL.to_string()])]);
-            let options = ListContainersOptions {
-                all: true,
-                filters: Some(filters),
-                ..Default::default()
-            };
+            let options =
+                ListContainersOptions { all: true, filters: Some(filters), ..Default::default() };
             // A call of the killed daemon's may still be under way in the engine: look again after
             // there was something to remove.
             for _ in 0..5 {
                 let Ok(all) = docker.list_containers(Some(options.clone())).await else {
                     return;
                 };
-                let left: Vec<String> = all
-                    .into_iter()
-                    .filter(&matches)
-                    .filter_map(|container| container.id)
-                    .collect();
+                let left: Vec<String> =
+                    all.into_iter().filter(&matches).filter_map(|container| container.id).collect();
                 if left.is_empty() {
                     return;
                 }
                 for id in left {
-                    let options = RemoveContainerOptions {
-                        force: true,
-                        v: true,
-                        ..Default::default()
-                    };
+                    let options =
+                        RemoveContainerOptions { force: true, v: true, ..Default::default() };
                     // The daemon may have been faster; what matters is that it is gone.
                     let _ = docker.remove_container(&id, Some(options)).await;
                 }
@@ -177,20 +155,14 @@ impl Engine {
 
     /// Removes the image `name` when the returned guard is dropped.
     pub(crate) fn remove_later(&self, name: &str) -> ImageGuard {
-        ImageGuard {
-            host: self.host.clone(),
-            name: name.to_string(),
-        }
+        ImageGuard { host: self.host.clone(), name: name.to_string() }
     }
 
     /// Makes a container that is no daemon's, with labels that look a little like one's.
     pub(crate) async fn foreign_container(&self) -> ForeignContainer {
         let labels = HashMap::from([
             ("worker-spawner".to_string(), "1".to_string()),
-            (
-                "com.example.worker-spawner.instance".to_string(),
-                "gone".to_string(),
-            ),
+            ("com.example.worker-spawner.instance".to_string(), "gone".to_string()),
         ]);
         let body = ContainerCreateBody {
             image: Some(self.image(Image::Busybox).await),
@@ -203,16 +175,8 @@ impl Engine {
             name: Some(format!("worker-spawner-look-alike-{}", super::unique())),
             ..Default::default()
         };
-        let id = self
-            .docker
-            .create_container(Some(options), body)
-            .await
-            .unwrap()
-            .id;
-        ForeignContainer {
-            host: self.host.clone(),
-            id,
-        }
+        let id = self.docker.create_container(Some(options), body).await.unwrap().id;
+        ForeignContainer { host: self.host.clone(), id }
     }
 }
 
@@ -234,10 +198,7 @@ impl Drop for ImageGuard {
             let Some(docker) = connect(host.as_deref()) else {
                 return;
             };
-            let options = RemoveImageOptions {
-                force: true,
-                ..Default::default()
-            };
+            let options = RemoveImageOptions { force: true, ..Default::default() };
             // Not there means not pulled, which is as good.
             let _ = docker.remove_image(&name, Some(options), None).await;
         });
@@ -257,10 +218,7 @@ impl Drop for ForeignContainer {
             let Some(docker) = connect(host.as_deref()) else {
                 return;
             };
-            let options = RemoveContainerOptions {
-                force: true,
-                ..Default::default()
-            };
+            let options = RemoveContainerOptions { force: true, ..Default::default() };
             // The test has said already what it thinks of its being gone.
             let _ = docker.remove_container(&id, Some(options)).await;
         });
@@ -277,10 +235,8 @@ fn connect(host: Option<&str>) -> Option<Docker> {
 fn on_own_runtime(work: impl Future<Output = ()> + Send) {
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             // A frozen engine must not hang the test's end as well.
             let _ = runtime
                 .block_on(async { tokio::time::timeout(Duration::from_secs(30), work).await });
@@ -309,19 +265,9 @@ impl PrivateEngine {
 
     /// All of an engine but the engine.
     pub(crate) async fn absent() -> Self {
-        let dir = tempfile::Builder::new()
-            .prefix("engine-")
-            .tempdir()
-            .unwrap();
+        let dir = tempfile::Builder::new().prefix("engine-").tempdir().unwrap();
         let holder = bound_to_this_thread("unshare")
-            .args([
-                "--kill-child=KILL",
-                "--pid",
-                "--fork",
-                "--mount",
-                "--net",
-                "--mount-proc",
-            ])
+            .args(["--kill-child=KILL", "--pid", "--fork", "--mount", "--net", "--mount-proc"])
             // A shell in wait reaps what is orphaned to it.
             .args(["sh", "-c", "while :; do sleep 1000; done"])
             .stdin(Stdio::null())
@@ -330,13 +276,7 @@ impl PrivateEngine {
             .spawn()
             .expect("setpriv and unshare are needed");
         let cgroup = format!("/worker-spawner-test-{}", super::unique());
-        let mut engine = Self {
-            dir,
-            cgroup,
-            holder,
-            init: 0,
-            dockerd: None,
-        };
+        let mut engine = Self { dir, cgroup, holder, init: 0, dockerd: None };
         let parent = engine.holder.id();
         eventually("the engine's namespaces exist", || async move {
             // The name changes from unshare to sh once the namespaces and /proc are in place.
@@ -353,23 +293,12 @@ impl PrivateEngine {
     /// Starts it, or starts it again on what it left. Returns when it answers.
     pub(crate) async fn restart(&mut self) {
         assert!(self.dockerd.is_none(), "the engine runs already");
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(self.path("dockerd.log"))
-            .unwrap();
+        let log = File::options().create(true).append(true).open(self.path("dockerd.log")).unwrap();
         let text = |name: &str| self.path(name).to_str().unwrap().to_string();
         // A killed engine leaves its files; both would be in the next one's way.
         let _ = std::fs::remove_file(self.path("dockerd.pid"));
         let child = bound_to_this_thread("nsenter")
-            .args([
-                "--target",
-                &self.init.to_string(),
-                "--net",
-                "--mount",
-                "--pid",
-                "dockerd",
-            ])
+            .args(["--target", &self.init.to_string(), "--net", "--mount", "--pid", "dockerd"])
             .args(["--bridge=none", "--iptables=false", "--ip6tables=false"])
             .args(["--data-root", &text("data"), "--exec-root", &text("exec")])
             .args(["--pidfile", &text("dockerd.pid"), "--host", &self.host()])
@@ -380,9 +309,10 @@ impl PrivateEngine {
             .spawn()
             .expect("nsenter and dockerd are needed");
         let parent = child.id();
-        eventually("nsenter has started the engine", || async move {
-            !children_of(parent).is_empty()
-        })
+        eventually(
+            "nsenter has started the engine",
+            || async move { !children_of(parent).is_empty() },
+        )
         .await;
         let pid = children_of(parent)[0];
         self.dockerd = Some((child, pid));
@@ -429,10 +359,7 @@ impl PrivateEngine {
     pub(crate) async fn engine(&self) -> Engine {
         let docker =
             Docker::connect_with_unix(&self.host(), 60, bollard::API_DEFAULT_VERSION).unwrap();
-        Engine {
-            docker: docker.negotiate_version().await.unwrap(),
-            host: Some(self.host()),
-        }
+        Engine { docker: docker.negotiate_version().await.unwrap(), host: Some(self.host()) }
     }
 
     fn path(&self, name: &str) -> PathBuf {

@@ -52,52 +52,30 @@ impl Image {
             hash.update(change);
         }
         let digest = hash.finalize();
-        let tag: String = digest
-            .iter()
-            .take(6)
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
-        format!(
-            "worker-spawner-test/{}:{tag}",
-            format!("{self:?}").to_lowercase()
-        )
+        let tag: String = digest.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+        format!("worker-spawner-test/{}:{tag}", format!("{self:?}").to_lowercase())
     }
 
     fn recipe(self) -> (Vec<Entry>, Vec<String>) {
         let (entries, changes): (Vec<Entry>, &[&str]) = match self {
-            Self::Busybox => (
-                ROOT.clone(),
-                &[r#"CMD ["echo", "the image's own command"]"#],
-            ),
+            Self::Busybox => (ROOT.clone(), &[r#"CMD ["echo", "the image's own command"]"#]),
             Self::NoCommand => (ROOT.clone(), &[]),
             Self::Entrypoint => (
                 ROOT.clone(),
-                &[
-                    r#"ENTRYPOINT ["echo", "entrypoint:"]"#,
-                    r#"CMD ["own", "command"]"#,
-                ],
+                &[r#"ENTRYPOINT ["echo", "entrypoint:"]"#, r#"CMD ["own", "command"]"#],
             ),
             Self::Volume => (ROOT.clone(), &["VOLUME /data", r#"CMD ["ls", "/data"]"#]),
             Self::User => (ROOT.clone(), &["USER 1000:1000", r#"CMD ["id"]"#]),
             Self::Environment => (
                 ROOT.clone(),
-                &[
-                    "ENV COLOUR=green",
-                    "ENV SHAPE=round",
-                    "WORKDIR /data",
-                    r#"CMD ["pwd"]"#,
-                ],
+                &["ENV COLOUR=green", "ENV SHAPE=round", "WORKDIR /data", r#"CMD ["pwd"]"#],
             ),
             Self::Scratch => (
                 vec![Entry::file("echo", 0o755, BUSYBOX.clone())],
                 &[r#"ENTRYPOINT ["/echo", "from", "scratch"]"#],
             ),
             Self::Broken => (
-                vec![Entry::file(
-                    "program",
-                    0o755,
-                    "\u{1}\u{2}no shell will run this",
-                )],
+                vec![Entry::file("program", 0o755, "\u{1}\u{2}no shell will run this")],
                 &[r#"CMD ["/program"]"#],
             ),
         };
@@ -132,18 +110,13 @@ pub(crate) static ROOT: LazyLock<Vec<Entry>> = LazyLock::new(|| {
         Entry::file("bin/busybox", 0o755, BUSYBOX.clone()),
         Entry::file("bin/setuid-id", 0o4755, BUSYBOX_AS_ID.clone()),
     ];
-    entries.extend(
-        applets()
-            .iter()
-            .map(|name| Entry::link(&format!("bin/{name}"), "busybox")),
-    );
+    entries.extend(applets().iter().map(|name| Entry::link(&format!("bin/{name}"), "busybox")));
     entries
 });
 
 static BUSYBOX: LazyLock<Vec<u8>> = LazyLock::new(|| {
-    let path = ["/bin/busybox", "/usr/bin/busybox"]
-        .into_iter()
-        .find(|path| Path::new(path).exists());
+    let path =
+        ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
     std::fs::read(path.expect("busybox-static is needed to make the test images")).unwrap()
 });
 
@@ -152,10 +125,7 @@ static BUSYBOX: LazyLock<Vec<u8>> = LazyLock::new(|| {
 static BUSYBOX_AS_ID: LazyLock<Vec<u8>> = LazyLock::new(|| BUSYBOX.clone());
 
 fn applets() -> Vec<String> {
-    let listed = std::process::Command::new("busybox")
-        .arg("--list")
-        .output()
-        .unwrap();
+    let listed = std::process::Command::new("busybox").arg("--list").output().unwrap();
     String::from_utf8(listed.stdout)
         .unwrap()
         .lines()
@@ -195,16 +165,9 @@ async fn import(docker: &Docker, image: Image, name: &str) {
     let (repository, tag) = name.rsplit_once(':').unwrap();
     let (entries, changes) = image.recipe();
     let changes: Vec<&str> = changes.iter().map(String::as_str).collect();
-    let mut options = CreateImageOptionsBuilder::default()
-        .from_src("-")
-        .repo(repository)
-        .tag(tag)
-        .build();
+    let mut options =
+        CreateImageOptionsBuilder::default().from_src("-").repo(repository).tag(tag).build();
     options.changes = changes.iter().map(ToString::to_string).collect();
     let body = bollard::body_full(Bytes::from(archive(&entries)));
-    docker
-        .create_image(Some(options), Some(body), None)
-        .try_collect::<Vec<_>>()
-        .await
-        .unwrap();
+    docker.create_image(Some(options), Some(body), None).try_collect::<Vec<_>>().await.unwrap();
 }

@@ -37,11 +37,7 @@ pub(crate) struct NatsOptions {
 
 impl Default for NatsOptions {
     fn default() -> Self {
-        Self {
-            auth: Auth::Open,
-            tls: false,
-            max_payload: None,
-        }
+        Self { auth: Auth::Open, tls: false, max_payload: None }
     }
 }
 
@@ -75,12 +71,8 @@ impl NatsServer {
 
     /// All of a server but its process.
     pub(crate) fn absent(options: NatsOptions) -> Self {
-        let server = Self {
-            dir: tempfile::tempdir().unwrap(),
-            port: free_port(),
-            options,
-            child: None,
-        };
+        let server =
+            Self { dir: tempfile::tempdir().unwrap(), port: free_port(), options, child: None };
         server.write_files();
         server
     }
@@ -88,11 +80,7 @@ impl NatsServer {
     /// Starts it, or starts it again, on the port it has.
     pub(crate) async fn restart(&mut self) {
         self.stop();
-        assert!(
-            self.try_start().await,
-            "nats-server did not start again: {}",
-            self.log()
-        );
+        assert!(self.try_start().await, "nats-server did not start again: {}", self.log());
     }
 
     /// Ends it at once, without a goodbye to its clients.
@@ -146,12 +134,8 @@ impl NatsServer {
     pub(crate) fn secrets(&self) -> Vec<String> {
         let mut secrets = vec![PASSWORD.to_string(), TOKEN.to_string()];
         if matches!(self.options.auth, Auth::Nkey | Auth::Credentials) {
-            secrets.push(
-                std::fs::read_to_string(self.path("user.seed"))
-                    .unwrap()
-                    .trim()
-                    .to_string(),
-            );
+            secrets
+                .push(std::fs::read_to_string(self.path("user.seed")).unwrap().trim().to_string());
         }
         secrets
     }
@@ -258,19 +242,12 @@ impl NatsServer {
 
     /// An operator, an account and a user, each vouched for by the one before.
     fn write_credentials(&self) -> String {
-        let (operator, account, user) = (
-            KeyPair::new_operator(),
-            KeyPair::new_account(),
-            KeyPair::new_user(),
-        );
+        let (operator, account, user) =
+            (KeyPair::new_operator(), KeyPair::new_account(), KeyPair::new_user());
         let unlimited = json!({"subs": -1, "conn": -1, "leaf": -1, "imports": -1, "exports": -1,
             "data": -1, "payload": -1, "wildcards": true});
-        let operator_token = token(
-            &operator,
-            &operator,
-            "operator",
-            json!({"type": "operator", "version": 2}),
-        );
+        let operator_token =
+            token(&operator, &operator, "operator", json!({"type": "operator", "version": 2}));
         let account_token = token(
             &operator,
             &account,
@@ -305,10 +282,7 @@ impl NatsServer {
         let mut authority = CertificateParams::new(Vec::new()).unwrap();
         authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let authority_key = KeyPair::generate().unwrap();
-        self.write(
-            "ca.pem",
-            &authority.self_signed(&authority_key).unwrap().pem(),
-        );
+        self.write("ca.pem", &authority.self_signed(&authority_key).unwrap().pem());
         let issuer = Issuer::new(authority, authority_key);
         for (name, usage) in [
             ("server", ExtendedKeyUsagePurpose::ServerAuth),
@@ -318,10 +292,7 @@ impl NatsServer {
                 CertificateParams::new(vec!["localhost".into(), "127.0.0.1".into()]).unwrap();
             leaf.extended_key_usages.push(usage);
             let key = KeyPair::generate().unwrap();
-            self.write(
-                &format!("{name}.pem"),
-                &leaf.signed_by(&key, &issuer).unwrap().pem(),
-            );
+            self.write(&format!("{name}.pem"), &leaf.signed_by(&key, &issuer).unwrap().pem());
             self.write(&format!("{name}.key"), &key.serialize_pem());
         }
         format!(
@@ -342,9 +313,7 @@ impl Drop for NatsServer {
 /// Returns when the server has seen everything `client` sent: an answer comes back only after it.
 pub(crate) async fn round_trip(client: &Client) {
     let asked = client.request("test.nobody.listens.here", "".into());
-    let refused = within("a round trip to the NATS server", PATIENCE, asked)
-        .await
-        .unwrap_err();
+    let refused = within("a round trip to the NATS server", PATIENCE, asked).await.unwrap_err();
     assert_eq!(refused.kind(), async_nats::RequestErrorKind::NoResponders);
 }
 

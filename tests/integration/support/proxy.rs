@@ -42,12 +42,7 @@ impl Proxy {
                 relays.spawn(relay(client, target, watched.clone()));
             }
         });
-        Self {
-            port,
-            flow,
-            connections,
-            accepting,
-        }
+        Self { port, flow, connections, accepting }
     }
 
     pub(crate) fn set(&self, flow: Flow) {

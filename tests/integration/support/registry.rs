@@ -52,9 +52,7 @@ impl Registry {
             dir.path().join("storage").display()
         );
         if access == Access::Password {
-            let made = Command::new("htpasswd")
-                .args(["-Bbn", USER, PASSWORD])
-                .output();
+            let made = Command::new("htpasswd").args(["-Bbn", USER, PASSWORD]).output();
             let made = made.expect("htpasswd is needed");
             let users = dir.path().join("users");
             std::fs::write(&users, made.stdout).unwrap();
@@ -79,11 +77,7 @@ impl Registry {
             async move { died || TcpStream::connect(("127.0.0.1", port)).await.is_ok() }
         })
         .await;
-        if died {
-            None
-        } else {
-            Some(Self { dir, port, child })
-        }
+        if died { None } else { Some(Self { dir, port, child }) }
     }
 
     /// `repository:tag` as the engine must be asked for it.
@@ -118,20 +112,11 @@ impl Registry {
         .to_string();
         let digest = self.blob(manifest.as_bytes());
         for blob in [&layer_digest, &config_digest] {
-            self.link(
-                &format!("repositories/{repository}/_layers/sha256/{}", hex_of(blob)),
-                blob,
-            );
+            self.link(&format!("repositories/{repository}/_layers/sha256/{}", hex_of(blob)), blob);
         }
         let manifests = format!("repositories/{repository}/_manifests");
-        self.link(
-            &format!("{manifests}/revisions/sha256/{}", hex_of(&digest)),
-            &digest,
-        );
-        self.link(
-            &format!("{manifests}/tags/{tag}/index/sha256/{}", hex_of(&digest)),
-            &digest,
-        );
+        self.link(&format!("{manifests}/revisions/sha256/{}", hex_of(&digest)), &digest);
+        self.link(&format!("{manifests}/tags/{tag}/index/sha256/{}", hex_of(&digest)), &digest);
         self.link(&format!("{manifests}/tags/{tag}/current"), &digest);
         digest
     }
@@ -158,13 +143,9 @@ impl Registry {
     }
 
     fn blob(&self, content: &[u8]) -> String {
-        let digest: String = Sha256::digest(content)
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
-        let place = self
-            .storage()
-            .join(format!("blobs/sha256/{}/{digest}", &digest[..2]));
+        let digest: String =
+            Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect();
+        let place = self.storage().join(format!("blobs/sha256/{}/{digest}", &digest[..2]));
         std::fs::create_dir_all(&place).unwrap();
         std::fs::write(place.join("data"), content).unwrap();
         format!("sha256:{digest}")

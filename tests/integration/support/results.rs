@@ -36,11 +36,7 @@ impl Results {
                 sender.send_replace(total);
             }
         });
-        Self {
-            received,
-            count,
-            task,
-        }
+        Self { received, count, task }
     }
 
     /// All messages about the job `id` so far.
@@ -78,10 +74,7 @@ impl Results {
         let mut count = self.count.clone();
         let waited = tokio::time::timeout(patience, count.wait_for(|count| *count >= wanted)).await;
         let arrived = *self.count.borrow();
-        assert!(
-            waited.is_ok(),
-            "{arrived} of {wanted} messages arrived within {patience:?}"
-        );
+        assert!(waited.is_ok(), "{arrived} of {wanted} messages arrived within {patience:?}");
     }
 }
 
@@ -93,9 +86,5 @@ impl Drop for Results {
 
 /// The value of `message`'s header `name`.
 pub(crate) fn header(message: &Message, name: &str) -> Option<String> {
-    message
-        .headers
-        .as_ref()?
-        .get(name)
-        .map(|value| value.as_str().to_string())
+    message.headers.as_ref()?.get(name).map(|value| value.as_str().to_string())
 }

@@ -17,27 +17,15 @@ enum Kind {
 
 impl Entry {
     pub(crate) fn dir(path: &str, mode: u32) -> Self {
-        Self {
-            path: path.into(),
-            mode,
-            kind: Kind::Dir,
-        }
+        Self { path: path.into(), mode, kind: Kind::Dir }
     }
 
     pub(crate) fn file(path: &str, mode: u32, content: impl Into<Vec<u8>>) -> Self {
-        Self {
-            path: path.into(),
-            mode,
-            kind: Kind::File(content.into()),
-        }
+        Self { path: path.into(), mode, kind: Kind::File(content.into()) }
     }
 
     pub(crate) fn link(path: &str, target: &str) -> Self {
-        Self {
-            path: path.into(),
-            mode: 0o777,
-            kind: Kind::Link(target.into()),
-        }
+        Self { path: path.into(), mode: 0o777, kind: Kind::Link(target.into()) }
     }
 
     /// What tells this member from another without hashing megabytes.
@@ -61,13 +49,7 @@ pub(crate) fn archive(entries: &[Entry]) -> Vec<u8> {
             Kind::File(content) => (b'0', "", content),
             Kind::Link(target) => (b'2', target, &[]),
         };
-        out.extend_from_slice(&header(
-            &entry.path,
-            entry.mode,
-            flag,
-            target,
-            content.len(),
-        ));
+        out.extend_from_slice(&header(&entry.path, entry.mode, flag, target, content.len()));
         out.extend_from_slice(content);
         out.resize(out.len().next_multiple_of(512), 0);
     }

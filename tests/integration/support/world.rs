@@ -59,9 +59,7 @@ pub(crate) fn decoded(outcome: &Value, name: &str) -> Vec<u8> {
     use base64::Engine as _;
     let text = outcome[name].as_str().unwrap_or_default();
     match outcome[format!("{name}_encoding")].as_str() {
-        Some("base64") => base64::engine::general_purpose::STANDARD
-            .decode(text)
-            .unwrap(),
+        Some("base64") => base64::engine::general_purpose::STANDARD.decode(text).unwrap(),
         Some("utf8") | None => text.as_bytes().to_vec(),
         Some(other) => panic!("an encoding nobody promised: {other}"),
     }
@@ -100,10 +98,7 @@ impl World {
         settings: &[(&str, &str)],
     ) -> Self {
         let client = nats.client().await;
-        let settings = Settings::new()
-            .nats(&nats)
-            .engine(&engine)
-            .set_all(settings);
+        let settings = Settings::new().nats(&nats).engine(&engine).set_all(settings);
         let results = Results::subscribe(&client, "functions.results").await;
         let mut daemon = Daemon::spawn(&settings);
         daemon.wait_ready().await;
@@ -123,11 +118,7 @@ impl World {
 
     /// A job id of this world's.
     pub(crate) fn id(&self) -> String {
-        format!(
-            "{}-{}",
-            self.prefix,
-            self.counter.fetch_add(1, Ordering::SeqCst)
-        )
+        format!("{}-{}", self.prefix, self.counter.fetch_add(1, Ordering::SeqCst))
     }
 
     /// `request` with an id and the busybox image, unless it has its own.
@@ -138,19 +129,13 @@ impl World {
         if request.get("image_reference").is_none() {
             request["image_reference"] = json!(self.image);
         }
-        (
-            request["id"].as_str().unwrap_or_default().to_string(),
-            request,
-        )
+        (request["id"].as_str().unwrap_or_default().to_string(), request)
     }
 
     /// Publishes a request and returns its id, once the server has it.
     pub(crate) async fn submit(&self, request: Value) -> String {
         let (id, request) = self.complete(request);
-        self.client
-            .publish("functions.execute", request.to_string().into())
-            .await
-            .unwrap();
+        self.client.publish("functions.execute", request.to_string().into()).await.unwrap();
         round_trip(&self.client).await;
         id
     }
@@ -158,9 +143,7 @@ impl World {
     /// Publishes a request and waits for its outcome and its result, which must agree.
     pub(crate) async fn execute(&self, request: Value) -> Ended {
         let (id, request) = self.complete(request);
-        let ended = self
-            .execute_raw(request.to_string().into(), HeaderMap::new())
-            .await;
+        let ended = self.execute_raw(request.to_string().into(), HeaderMap::new()).await;
         assert_eq!(ended.outcome["id"], json!(id));
         ended
     }
@@ -173,9 +156,8 @@ impl World {
             .publish_with_reply_and_headers("functions.execute", reply, headers, payload)
             .await
             .unwrap();
-        let answer = within("an outcome at the reply subject", PATIENCE, answers.next())
-            .await
-            .unwrap();
+        let answer =
+            within("an outcome at the reply subject", PATIENCE, answers.next()).await.unwrap();
         let outcome: Value = serde_json::from_slice(&answer.payload).unwrap();
         let id = outcome["id"].as_str().expect("every outcome has an id");
         let result = self.results.wait_for(id).await;
@@ -190,8 +172,7 @@ impl World {
         let answer = within(
             "an answer to functions.run",
             PATIENCE,
-            self.client
-                .request("functions.run", request.to_string().into()),
+            self.client.request("functions.run", request.to_string().into()),
         )
         .await
         .unwrap();
@@ -214,9 +195,7 @@ impl World {
     /// Lets a held job end by itself, with success.
     pub(crate) async fn release(&self, held: &Held) {
         // The command may come before the program it is for has started: the file waits for it.
-        self.engine
-            .exec(&held.container, &["touch", "/tmp/go"])
-            .await;
+        self.engine.exec(&held.container, &["touch", "/tmp/go"]).await;
     }
 
     /// The containers of this world's jobs, running or not.
@@ -249,9 +228,7 @@ impl World {
     pub(crate) fn tally(&self) -> HashMap<String, usize> {
         let mut tally = HashMap::new();
         for message in self.results.all() {
-            *tally
-                .entry(header(&message, "Job-Id").unwrap_or_default())
-                .or_default() += 1;
+            *tally.entry(header(&message, "Job-Id").unwrap_or_default()).or_default() += 1;
         }
         tally
     }
@@ -283,20 +260,15 @@ pub(crate) struct Held {
 
 /// The request of a job that runs until somebody makes /tmp/go.
 pub(crate) fn held(mut fields: Value) -> Value {
-    fields["parameter"] = json!([
-        "sh",
-        "-c",
-        "while [ ! -e /tmp/go ]; do sleep 0.1; done; echo released"
-    ]);
+    fields["parameter"] =
+        json!(["sh", "-c", "while [ ! -e /tmp/go ]; do sleep 0.1; done; echo released"]);
     fields
 }
 
 /// Waits until a daemon answers, whether it can run anything or not.
 pub(crate) async fn listening(client: &Client) {
     super::wait::eventually("somebody takes requests", || async {
-        let asked = client
-            .request("functions.run", "no request, just a knock".into())
-            .await;
+        let asked = client.request("functions.run", "no request, just a knock".into()).await;
         asked.is_ok()
     })
     .await;
@@ -320,33 +292,15 @@ fn agree(ended: &Ended) {
         ("Job-Exit-Code", &outcome["exit_code"]),
         ("Job-Error", &outcome["error"]["code"]),
     ] {
-        assert_eq!(
-            ended.header(name),
-            text(value),
-            "{name} and the outcome differ: {outcome}"
-        );
+        assert_eq!(ended.header(name), text(value), "{name} and the outcome differ: {outcome}");
     }
     // What is no image's name can hold what no header can.
     if ended.status() != "rejected" {
-        assert_eq!(
-            ended.header("Job-Image"),
-            text(&outcome["image"]),
-            "{outcome}"
-        );
+        assert_eq!(ended.header("Job-Image"), text(&outcome["image"]), "{outcome}");
     }
-    let known = [
-        "succeeded",
-        "failed",
-        "timed_out",
-        "out_of_memory",
-        "cancelled",
-        "rejected",
-        "error",
-    ];
-    assert!(
-        known.contains(&ended.status()),
-        "a status nobody promised: {outcome}"
-    );
+    let known =
+        ["succeeded", "failed", "timed_out", "out_of_memory", "cancelled", "rejected", "error"];
+    assert!(known.contains(&ended.status()), "a status nobody promised: {outcome}");
     let ran = outcome.get("exit_code").is_some_and(|code| !code.is_null());
     if ended.status() == "succeeded" {
         assert_eq!(outcome["exit_code"], json!(0), "{outcome}");
