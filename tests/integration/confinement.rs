@@ -3,7 +3,6 @@
 
 use serde_json::{Value, json};
 
-use crate::support::images::Image;
 use crate::support::world::World;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -33,7 +32,7 @@ async fn a_function_finds_no_way_out() {
         ),
         ("reach the kernel's trigger", "echo h > /proc/sysrq-trigger && echo out"),
         ("set the host's name", "hostname elsewhere && echo out"),
-        ("set the clock", "date -s @$(date +%s) && echo out"),
+        ("set the clock", "date -s @$(date +%s) 2>&1 | grep -q \"can.t set\" || echo out"),
         ("load a module", "insmod /etc/garbage && echo out"),
         ("reboot", "reboot -f && echo out"),
         (
@@ -94,16 +93,11 @@ async fn a_function_has_no_rights_and_can_gain_none() {
         assert_eq!(value("NoNewPrivs:"), "1");
         assert_eq!(value("Seccomp:"), "2", "system calls are filtered");
     }
-    // A set-uid program of root's, run by another user, stays that user's.
-    let image = world.engine.image(Image::User).await;
-    let show = json!({"image_reference": image, "parameter": "/bin/setuid-id sh -c 'cat /proc/self/status'"});
-    let ended = world.execute(show).await;
-    let status = ended.text();
-    let uids = status.lines().find(|line| line.starts_with("Uid:"));
-    assert_eq!(
-        uids.map(|line| line.split_whitespace().collect::<Vec<_>>()),
-        Some(vec!["Uid:", "1000", "1000", "1000", "1000"])
-    );
+    // A set-uid program of root's, run by another user, notices that it has not become root's.
+    let switch = "exec -a su /bin/setuid-busybox root -c id";
+    let ended = world.execute(json!({"parameter": ["sh", "-c", switch], "user": "1000"})).await;
+    let told = String::from_utf8(ended.stderr()).unwrap();
+    assert!(told.contains("must be suid"), "it ran with root's rights: {}", ended.outcome);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]

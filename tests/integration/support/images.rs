@@ -108,7 +108,7 @@ pub(crate) static ROOT: LazyLock<Vec<Entry>> = LazyLock::new(|| {
         Entry::file("etc/every-byte", 0o644, every_byte()),
         Entry::file("data/seed", 0o644, "planted\n"),
         Entry::file("bin/busybox", 0o755, BUSYBOX.clone()),
-        Entry::file("bin/setuid-id", 0o4755, BUSYBOX_AS_ID.clone()),
+        Entry::file("bin/setuid-busybox", 0o4755, BUSYBOX.clone()),
     ];
     entries.extend(applets().iter().map(|name| Entry::link(&format!("bin/{name}"), "busybox")));
     entries
@@ -119,10 +119,6 @@ static BUSYBOX: LazyLock<Vec<u8>> = LazyLock::new(|| {
         ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
     std::fs::read(path.expect("busybox-static is needed to make the test images")).unwrap()
 });
-
-/// A script cannot be set-uid, so this is the binary itself: called by any other name than an
-/// applet's it takes the applet from its first argument.
-static BUSYBOX_AS_ID: LazyLock<Vec<u8>> = LazyLock::new(|| BUSYBOX.clone());
 
 fn applets() -> Vec<String> {
     let listed = std::process::Command::new("busybox").arg("--list").output().unwrap();
