@@ -47,6 +47,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     let worker = instance_name();
     let backend: Arc<dyn Backend> = Arc::new(Docker::new(docker::Options {
         instance: worker.clone(),
+        docker: config.docker.clone(),
         images: config.images.clone(),
         confinement: config.confinement.clone(),
         call_timeout: config.engine_timeout,

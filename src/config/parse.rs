@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::Secret;
 use super::settings;
+use super::{DockerTls, Secret};
 use crate::protocol::subjects;
 
 /// What is wrong with the settings so far.
@@ -223,15 +223,30 @@ impl Problems {
         })
     }
 
-    pub(super) fn docker_host(&mut self, name: &'static str, given: Option<String>) {
-        let Some(host) = given else { return };
-        let known = ["unix://", "tcp://", "http://", "https://"];
-        if !known.iter().any(|scheme| host.starts_with(scheme) && host.len() > scheme.len()) {
-            self.say(
-                name,
-                format!("expected an address that begins with one of {}", known.join(", ")),
-            );
-        }
+    pub(super) fn docker_host(&mut self, name: &'static str, given: Option<String>) -> String {
+        const SCHEMES: [&str; 4] = ["unix://", "tcp://", "http://", "https://"];
+        self.parse(name, given, |host| {
+            let known = |scheme: &&str| host.starts_with(*scheme) && host.len() > scheme.len();
+            if SCHEMES.iter().any(known) {
+                Ok(host.to_owned())
+            } else {
+                Err(format!("expected an address that begins with one of {}", SCHEMES.join(", ")))
+            }
+        })
+    }
+
+    pub(super) fn docker_tls(
+        &mut self,
+        name: &'static str,
+        dir: Option<PathBuf>,
+    ) -> Option<DockerTls> {
+        let Some(dir) = dir else {
+            self.say(name, "must name the folder with ca.pem, cert.pem and key.pem");
+            return None;
+        };
+        let [ca, cert, key] = ["ca.pem", "cert.pem", "key.pem"].map(|file| dir.join(file));
+        let readable = [&ca, &cert, &key].map(|file| self.contents(name, file).is_some());
+        readable.iter().all(|ok| *ok).then_some(DockerTls { ca, cert, key })
     }
 
     pub(super) fn readable_file(

@@ -83,8 +83,8 @@ pub const SETTINGS: &[Setting] = &[
     s("RUST_LOG", "info", "Log level, or a filter such as worker_spawner=debug"),
     s(
         "DOCKER_HOST",
-        "",
-        "The engine's address: unix://, tcp:// or https://; empty for unix:///var/run/docker.sock",
+        "unix:///var/run/docker.sock",
+        "The engine's address: unix://, tcp:// or https://",
     ),
     s("DOCKER_TLS_VERIFY", "", "Set to 1 for TLS with a tcp:// engine"),
     s("DOCKER_CERT_PATH", "", "Folder with ca.pem, cert.pem and key.pem for the engine"),

@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use bollard::Docker;
 use bollard::errors::Error;
+use bollard::{API_DEFAULT_VERSION, Docker};
 
 use super::PreflightError;
+use crate::config::{self, DockerTls};
 use crate::job::{Failure, JobError, code};
 
 /// A client for one engine. Cheap to clone.
@@ -16,6 +17,7 @@ use crate::job::{Failure, JobError, code};
 pub(super) struct Engine {
     /// Made when the engine's socket is first there: the library makes none without.
     docker: Arc<OnceLock<Docker>>,
+    address: Arc<config::Docker>,
     call_timeout: Duration,
     /// Whether the engine was found fit since it last came up.
     fit: Arc<AtomicBool>,
@@ -71,10 +73,15 @@ impl From<CallError> for Failure {
 }
 
 impl Engine {
-    /// A client for the engine that `DOCKER_HOST` names. Does not connect, and does not mind that
+    /// A client for the engine at `address`. Does not connect, and does not mind that
     /// there is no engine yet.
-    pub(super) fn new(call_timeout: Duration) -> anyhow::Result<Self> {
-        let engine = Self { docker: Arc::default(), call_timeout, fit: Arc::default() };
+    pub(super) fn new(address: config::Docker, call_timeout: Duration) -> anyhow::Result<Self> {
+        let engine = Self {
+            docker: Arc::default(),
+            address: Arc::new(address),
+            call_timeout,
+            fit: Arc::default(),
+        };
         match engine.connect() {
             Ok(_) | Err(Error::SocketNotFoundError(_)) => Ok(engine),
             Err(error) => Err(anyhow::anyhow!("DOCKER_HOST: {}", explain(&error))),
@@ -86,8 +93,17 @@ impl Engine {
             return Ok(docker.clone());
         }
         // The library's own timeout covers the response's head alone; every call gets one of ours.
-        let timeout = self.call_timeout + Duration::from_secs(1);
-        let docker = Docker::connect_with_defaults()?.with_timeout(timeout);
+        let timeout = self.call_timeout.as_secs() + 1;
+        let (host, version) = (&self.address.host, API_DEFAULT_VERSION);
+        let docker = match &self.address.tls {
+            Some(DockerTls { ca, cert, key }) => {
+                Docker::connect_with_ssl(host, key, cert, ca, timeout, version)?
+            }
+            None if host.starts_with("unix://") => {
+                Docker::connect_with_unix(host, timeout, version)?
+            }
+            None => Docker::connect_with_http(host, timeout, version)?,
+        };
         Ok(self.docker.get_or_init(|| docker).clone())
     }
 
@@ -115,8 +131,7 @@ impl Engine {
 
     /// Whether other machines may use this engine too.
     pub(super) fn is_remote(&self) -> bool {
-        std::env::var("DOCKER_HOST")
-            .is_ok_and(|host| !host.is_empty() && !host.starts_with("unix:"))
+        !self.address.host.starts_with("unix://")
     }
 
     /// Checks that the engine answers, speaks a version of the API we know, and has the runtime.

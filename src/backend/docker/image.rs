@@ -1,6 +1,7 @@
 //! Images: allowed or not, present or pulled, one pull at a time for one image.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -33,6 +34,8 @@ pub(super) struct Store {
     allowed: AllowList,
     policy: PullPolicy,
     pull_timeout: Duration,
+    /// Where the registries' credentials are.
+    config_dir: Option<PathBuf>,
     pulls: Arc<Mutex<HashMap<String, Pull>>>,
 }
 
@@ -40,12 +43,17 @@ pub(super) struct Store {
 type Pull = Shared<BoxFuture<'static, Result<(), Failure>>>;
 
 impl Store {
-    pub(super) fn new(engine: Engine, settings: &Images) -> anyhow::Result<Self> {
+    pub(super) fn new(
+        engine: Engine,
+        settings: &Images,
+        config_dir: Option<PathBuf>,
+    ) -> anyhow::Result<Self> {
         Ok(Self {
             engine,
             allowed: AllowList::new(&settings.allowlist)?,
             policy: settings.pull_policy,
             pull_timeout: settings.pull_timeout,
+            config_dir,
             pulls: Arc::default(),
         })
     }
@@ -118,19 +126,21 @@ impl Store {
 
     fn begin(&self, reference: Reference) -> Pull {
         let (engine, timeout, pulls) = (self.engine.clone(), self.pull_timeout, self.pulls.clone());
+        let config_dir = self.config_dir.clone();
         let task = tokio::spawn(async move {
             let full = reference.whole();
             tracing::info!(image = %full, "pulling image");
-            let result = match tokio::time::timeout(timeout, pull(&engine, &reference)).await {
-                Ok(result) => result,
-                Err(_) => Err(Failure::Permanent(JobError::new(
-                    code::IMAGE_PULL_TIMEOUT,
-                    format!(
-                        "{full} was not pulled within PULL_TIMEOUT, {}",
-                        humantime::format_duration(timeout)
-                    ),
-                ))),
-            };
+            let result =
+                match tokio::time::timeout(timeout, pull(&engine, &reference, config_dir)).await {
+                    Ok(result) => result,
+                    Err(_) => Err(Failure::Permanent(JobError::new(
+                        code::IMAGE_PULL_TIMEOUT,
+                        format!(
+                            "{full} was not pulled within PULL_TIMEOUT, {}",
+                            humantime::format_duration(timeout)
+                        ),
+                    ))),
+                };
             match &result {
                 Ok(()) => tracing::info!(image = %full, "pulled image"),
                 Err(failure) => tracing::warn!(image = %full, %failure, "could not pull image"),
@@ -145,8 +155,12 @@ impl Store {
     }
 }
 
-async fn pull(engine: &Engine, reference: &Reference) -> Result<(), Failure> {
-    let credentials = credentials::lookup(reference.registry())
+async fn pull(
+    engine: &Engine,
+    reference: &Reference,
+    config_dir: Option<PathBuf>,
+) -> Result<(), Failure> {
+    let credentials = credentials::lookup(reference.registry(), config_dir)
         .await
         .map_err(|why| rejected(code::IMAGE_UNAUTHORIZED, why))?;
     // The API takes the digest as a tag; where both are given, the digest decides.

@@ -18,7 +18,7 @@ use async_trait::async_trait;
 use bollard::query_parameters::RemoveContainerOptions;
 
 use super::{Backend, PreflightError, Run};
-use crate::config::{Confinement, Images};
+use crate::config::{self, Confinement, Images};
 use crate::job::Job;
 use engine::{CallError, Engine};
 
@@ -29,6 +29,8 @@ pub use reference::AllowList;
 pub struct Options {
     /// The instance's name, on the label of every container.
     pub instance: String,
+    /// Where the engine and the registries' credentials are.
+    pub docker: config::Docker,
     /// When to pull images, and which are allowed.
     pub images: Images,
     /// How functions are confined.
@@ -56,13 +58,14 @@ struct Shared {
 }
 
 impl Docker {
-    /// A backend for the engine that `DOCKER_HOST` names. Does not connect yet.
+    /// A backend for this engine. Does not connect yet.
     ///
     /// # Errors
     /// The address, or the certificates that go with it, cannot be used.
     pub fn new(options: Options) -> anyhow::Result<Self> {
-        let engine = Engine::new(options.call_timeout)?;
-        let images = image::Store::new(engine.clone(), &options.images)?;
+        let engine = Engine::new(options.docker.clone(), options.call_timeout)?;
+        let images =
+            image::Store::new(engine.clone(), &options.images, options.docker.config_dir.clone())?;
         let owner = owner::Identity::of_this_process();
         let live = Mutex::default();
         let turns = turns::Turns::new();
