@@ -25,6 +25,7 @@ async fn a_missing_command_is_told_from_a_functions_own_failure() {
     let cases = [
         ("a name that is not on the path", json!(["no-such-program"]), not_there),
         ("a path that is not there", json!(["/no/such/program", "x"]), not_there),
+        ("an empty name", json!([""]), not_there),
         ("a file that is no program", json!(["/etc/plain"]), not_a_program),
         ("a directory", json!(["/etc"]), not_a_program),
         ("its own 127", json!(["sh", "-c", "exit 127"]), ("failed", "", Some(127))),

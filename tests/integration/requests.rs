@@ -48,7 +48,6 @@ fn bad_fields(image: &str) -> Vec<Bad> {
         ("parameter a map", "parameter", json!({"a": "b"})),
         ("parameter a list with a number", "parameter", json!(["echo", 7])),
         ("parameter with an open quote", "parameter", json!("echo \"open")),
-        ("parameter with an open escape", "parameter", json!("echo \\")),
         ("parameter with a NUL", "parameter", json!("echo a\u{0}b")),
         ("parameter list with a NUL", "parameter", json!(["echo", "a\u{0}b"])),
         ("id empty", "id", json!("")),
@@ -142,7 +141,8 @@ fn bad_fields(image: &str) -> Vec<Bad> {
         ("a number", b"42".to_vec(), "request."),
         (
             "a field twice",
-            format!(r#"{{"image_reference": "{image}", "image_reference": "x"}}"#).into_bytes(),
+            format!(r#"{{"image_reference": "{image}", "image_reference": "127.0.0.1:1/x"}}"#)
+                .into_bytes(),
             "request.",
         ),
     ];
@@ -192,7 +192,6 @@ async fn a_request_as_big_as_a_message_can_be_is_answered_within_one() {
         ("a directory", "working_dir"),
         ("a user", "user"),
         ("an id", "id"),
-        ("a command", "parameter"),
         ("a field nobody knows", ""),
     ] {
         // Characters that take twice their room once they are quoted again.
@@ -221,6 +220,28 @@ async fn a_request_as_big_as_a_message_can_be_is_answered_within_one() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert!(!world.nats.log().to_lowercase().contains("maximum payload"), "{}", world.nats.log());
+    world.works(5).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn what_the_kernel_cannot_take_is_not_tried_for_ever() {
+    let world = World::start(&[]).await;
+    // One argument or variable may have 128 KiB, all together a quarter of the stack.
+    let long = "x".repeat(200_000);
+    let many: Vec<&str> = vec!["0123456789"; 60_000];
+    for request in [
+        json!({"parameter": ["echo", long]}),
+        json!({"parameter": [long]}),
+        json!({"parameter": "echo x", "env": {"LONG": long}}),
+        json!({"parameter": [&["echo"], many.as_slice()].concat()}),
+    ] {
+        let ended = world.execute(request).await;
+        assert_ne!(ended.status(), "error", "{:.2000}", ended.outcome.to_string());
+        assert_eq!(ended.outcome["attempt"], 1, "{:.2000}", ended.outcome.to_string());
+    }
+    let just = "x".repeat(100_000);
+    let ended = world.execute(json!({"parameter": ["echo", just]})).await;
+    assert_eq!(ended.text(), format!("{just}\n"));
     world.works(5).await;
 }
 
@@ -416,7 +437,10 @@ async fn a_container_says_what_it_is_for() {
     let deadline: jiff::Timestamp =
         label(container, "worker-spawner.deadline").unwrap().parse().unwrap();
     let ahead = deadline.duration_since(jiff::Timestamp::now()).as_secs();
-    assert!((0..=700).contains(&ahead), "a deadline {ahead} s ahead of a job that may take 600 s");
+    assert!(
+        (500..=900).contains(&ahead),
+        "a deadline {ahead} s ahead of a job that may take 600 s"
+    );
     assert_eq!(label(container, "team"), Some("blue"));
     assert_eq!(label(container, "com.example/ticket"), Some("Ä 7"));
     let name = container.names.as_ref().unwrap()[0].clone();
@@ -504,6 +528,7 @@ async fn run_is_answered_with_busy_when_no_slot_comes_free() {
     // Whatever would have been published about it has been by the time this one is through.
     assert_eq!(world.execute(json!({"parameter": "echo free"})).await.text(), "free\n");
     assert!(world.results.of(&id).is_empty(), "a busy answer is no job's result");
+    world.clean().await;
     let outcome = world.run(json!({"parameter": "echo free again"})).await;
     assert_eq!(outcome["stdout"], "free again\n", "{outcome}");
 }

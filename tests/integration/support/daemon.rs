@@ -107,7 +107,10 @@ impl Daemon {
     /// Waits for its end.
     pub(crate) async fn exit(&mut self) -> ExitStatus {
         let status = process::exit_of(&mut self.child, PATIENCE).await;
-        status.unwrap_or_else(|| panic!("the daemon did not exit\n{}", self.log.text()))
+        let status =
+            status.unwrap_or_else(|| panic!("the daemon did not exit\n{}", self.log.text()));
+        self.log.complete().await;
+        status
     }
 
     /// Ends it as a crash would, and waits until it is gone.
@@ -141,18 +144,23 @@ impl Drop for Daemon {
 #[derive(Clone)]
 pub(crate) struct Log {
     lines: Arc<Mutex<Vec<String>>>,
+    /// How many lines there are.
     count: Arc<watch::Sender<usize>>,
+    /// How many streams may still bring more.
+    open: Arc<watch::Sender<usize>>,
 }
 
 impl Default for Log {
     fn default() -> Self {
-        Self { lines: Arc::default(), count: Arc::new(watch::channel(0).0) }
+        let counter = || Arc::new(watch::channel(0).0);
+        Self { lines: Arc::default(), count: counter(), open: counter() }
     }
 }
 
 impl Log {
     fn follow(&self, stream: impl std::io::Read + Send + 'static) {
         let log = self.clone();
+        self.open.send_modify(|open| *open += 1);
         std::thread::spawn(move || {
             for line in BufReader::new(stream).split(b'\n').map_while(Result::ok) {
                 let total = {
@@ -162,7 +170,14 @@ impl Log {
                 };
                 log.count.send_replace(total);
             }
+            log.open.send_modify(|open| *open -= 1);
         });
+    }
+
+    /// Waits until all that an ended process printed is here.
+    async fn complete(&self) {
+        let mut open = self.open.subscribe();
+        within("the end of the log", PATIENCE, open.wait_for(|open| *open == 0)).await.unwrap();
     }
 
     /// All of it so far.

@@ -348,7 +348,10 @@ impl PrivateEngine {
     }
 
     pub(crate) fn thaw(&self) {
-        process::send(self.dockerd.as_ref().unwrap().1, Signal::CONT);
+        let (child, pid) = self.dockerd.as_ref().unwrap();
+        // nsenter stops itself when what it started is stopped.
+        process::send(child.id(), Signal::CONT);
+        process::send(*pid, Signal::CONT);
     }
 
     pub(crate) fn host(&self) -> String {
@@ -376,6 +379,10 @@ impl Drop for PrivateEngine {
             for line in tail.iter().rev() {
                 eprintln!("{line}");
             }
+        }
+        if self.dockerd.is_some() {
+            // A namespace ends only once all in it are reaped, the engine by nsenter.
+            self.thaw();
         }
         if self.init == 0 {
             process::end(&mut self.holder);
