@@ -44,6 +44,7 @@ const SUBSCRIPTION_SLACK: usize = 4096;
 /// # Errors
 /// The parts cannot be put together; nothing was taken from NATS.
 pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
+    crate::protocol::request::warm_up();
     let worker = instance_name();
     let backend: Arc<dyn Backend> = match Docker::new(docker_options(&config, &worker)) {
         Ok(docker) => Arc::new(docker),
