@@ -44,15 +44,15 @@ const SUBSCRIPTION_SLACK: usize = 4096;
 /// # Errors
 /// The parts cannot be put together; nothing was taken from NATS.
 pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
+    crate::protocol::request::warm_up();
     let worker = instance_name();
-    let backend: Arc<dyn Backend> = Arc::new(Docker::new(docker::Options {
-        instance: worker.clone(),
-        docker: config.docker.clone(),
-        images: config.images.clone(),
-        confinement: config.confinement.clone(),
-        call_timeout: config.engine_timeout,
-        stop_grace: config.stop_grace,
-    })?);
+    let backend: Arc<dyn Backend> = match Docker::new(docker_options(&config, &worker)) {
+        Ok(docker) => Arc::new(docker),
+        Err(error) => {
+            tracing::error!("{error:#}");
+            return Ok(EX_CONFIG);
+        }
+    };
     // An engine that cannot do what the settings ask for is a bad setting; one that is away is not.
     if let Err(PreflightError::Unfit(why)) = backend.preflight().await {
         tracing::error!("{why}");
@@ -60,7 +60,13 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     }
 
     let subscription_capacity = config.buffer_messages.saturating_add(SUBSCRIPTION_SLACK);
-    let connection = Connection::open(&config.nats, &worker, subscription_capacity).await?;
+    let connection = match Connection::open(&config.nats, &worker, subscription_capacity).await {
+        Ok(connection) => connection,
+        Err(error) => {
+            tracing::error!("{error}");
+            return Ok(EX_CONFIG);
+        }
+    };
     let publisher = Publisher::new(connection.clone(), &config.subjects);
     let shutdown = Shutdown::default();
     let (suspicions, suspected) = watch::channel(0);
@@ -72,6 +78,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
         suspicions,
     ));
     let daemon = Daemon {
+        connection: connection.clone(),
         runner,
         slots: Slots::new(config.max_containers),
         jobs: TaskTracker::new(),
@@ -114,10 +121,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
         exit_code = signals.next() => exit_code,
         Ok(why) = unfit => { tracing::error!("{why}"); return Ok(EX_CONFIG) }
     };
-    tracing::info!(
-        running = config.max_containers - daemon.slots.free(),
-        "draining: no more requests are taken"
-    );
+    tracing::info!(jobs = daemon.jobs.len(), "draining: no more requests are taken");
     shutdown.draining.cancel();
     let drained = daemon.drain(intake, &config);
     tokio::pin!(drained);
@@ -147,6 +151,17 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     }
     tracing::info!(exit_code, "stopped");
     Ok(exit_code)
+}
+
+fn docker_options(config: &Config, worker: &str) -> docker::Options {
+    docker::Options {
+        instance: worker.to_owned(),
+        docker: config.docker.clone(),
+        images: config.images.clone(),
+        confinement: config.confinement.clone(),
+        call_timeout: config.engine_timeout,
+        stop_grace: config.stop_grace,
+    }
 }
 
 fn runner_options(config: &Config, worker: &str) -> runner::Options {
@@ -182,6 +197,7 @@ enum Health {
 /// The parts that take work and hand it to the runner.
 #[derive(Clone)]
 struct Daemon {
+    connection: Connection,
     runner: Arc<Runner>,
     slots: Slots,
     jobs: TaskTracker,
@@ -190,12 +206,14 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// Runs what `execute` asks for: first a healthy engine, then a slot, then a request.
+    /// Runs what `execute` asks for: a healthy engine first, then a slot, and only then is the
+    /// request taken.
     async fn execute(self, mut source: impl Source, mut engine: watch::Receiver<Health>) {
         loop {
             let Some(slot) = self
                 .unless_draining(async {
                     up(&mut engine).await;
+                    source.ready().await;
                     self.slots.take().await
                 })
                 .await
@@ -269,10 +287,8 @@ impl Daemon {
             });
         }
         // What came in before the end of the subscription is answered, too.
-        if requests.drain().await.is_ok() {
-            while let Some(message) = requests.next().await {
-                self.refuse(received(message, Kind::Run), shutting_down());
-            }
+        for message in self.connection.unsubscribe(&mut requests).await {
+            self.refuse(received(message, Kind::Run), shutting_down());
         }
     }
 
@@ -310,10 +326,7 @@ impl Daemon {
         if tokio::time::timeout(config.shutdown_grace, &mut all_ended).await.is_ok() {
             return;
         }
-        tracing::warn!(
-            running = self.slots.total() - self.slots.free(),
-            "SHUTDOWN_GRACE is over: stopping what still runs"
-        );
+        tracing::warn!(jobs = self.jobs.len(), "SHUTDOWN_GRACE is over: stopping what still runs");
         self.shutdown.stopping.cancel();
         let patience = config.stop_grace + LAST_RITES;
         if tokio::time::timeout(patience, &mut all_ended).await.is_err() {

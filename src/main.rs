@@ -38,9 +38,9 @@ fn serve(config: Config) -> anyhow::Result<u8> {
 }
 
 fn start_log(config: &Config) {
-    // The client library reports every try to connect; this program reports every change. Who
-    // names the library in the filter gets its own words, too.
-    let quiet = if config.log_filter.contains("async_nats") { "" } else { ",async_nats=error" };
+    // The client library reports every try to connect; this program reports every change, and
+    // what the library's events say. Who names the library in the filter gets its words, too.
+    let quiet = if config.log_filter.contains("async_nats") { "" } else { ",async_nats=off" };
     let filter = format!("{}{quiet}", config.log_filter);
     // Checked with the other settings.
     let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));

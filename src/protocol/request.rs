@@ -57,6 +57,12 @@ pub struct Refusal {
     pub error: JobError,
 }
 
+/// Does what the first decoding would otherwise do at the cost of its caller: the grammar of image
+/// references is compiled on its first use.
+pub fn warm_up() {
+    let _ = "warm-up".parse::<oci_spec::distribution::Reference>();
+}
+
 /// Decodes a request.
 ///
 /// `message_id` is the message's `Nats-Msg-Id`; `fallback_id` serves where neither it nor the body

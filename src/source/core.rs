@@ -62,6 +62,10 @@ impl CoreSource {
 
 #[async_trait]
 impl Source for CoreSource {
+    async fn ready(&mut self) {
+        self.buffer.ready().await;
+    }
+
     async fn next(&mut self) -> Delivery {
         let message = self.buffer.pop().await;
         let settle = Box::new(Requeue { message: message.clone(), buffer: self.buffer.clone() });
@@ -98,11 +102,8 @@ impl Intake {
                 () = closing.cancelled() => break,
             }
         }
-        // What the server had sent before it saw the end of the subscription still arrives.
-        if subscriber.drain().await.is_ok() {
-            while let Some(message) = subscriber.next().await {
-                self.take(received(message, Kind::Execute));
-            }
+        for message in self.connection.clone().unsubscribe(&mut subscriber).await {
+            self.take(received(message, Kind::Execute));
         }
     }
 
