@@ -228,12 +228,13 @@ async fn what_the_kernel_cannot_take_is_not_tried_for_ever() {
     let world = World::start(&[]).await;
     // One argument or variable may have 128 KiB, all together a quarter of the stack.
     let long = "x".repeat(200_000);
-    let many: Vec<&str> = vec!["0123456789"; 60_000];
+    let mut many = vec!["0123456789"; 60_000];
+    many[0] = "echo";
     for request in [
         json!({"parameter": ["echo", long]}),
         json!({"parameter": [long]}),
         json!({"parameter": "echo x", "env": {"LONG": long}}),
-        json!({"parameter": [&["echo"], many.as_slice()].concat()}),
+        json!({"parameter": many}),
     ] {
         let ended = world.execute(request).await;
         assert_ne!(ended.status(), "error", "{:.2000}", ended.outcome.to_string());
