@@ -111,22 +111,31 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     spawn(Box::pin(watch_engine(backend.clone(), health, suspected, unfit_found)));
     spawn(Box::pin(reap(backend.clone(), engine_up.clone(), config.reap_interval)));
     spawn(Box::pin(announce(connection.clone(), engine_up.clone(), config.clone(), worker)));
+    let broken = CancellationToken::new();
     let intake = [
-        tokio::spawn(daemon.clone().execute(source, engine_up.clone())),
-        tokio::spawn(daemon.clone().answer_refused(refused)),
-        tokio::spawn(daemon.clone().run(run_requests, engine_up)),
+        guarded(&broken, daemon.clone().execute(source, engine_up.clone())),
+        guarded(&broken, daemon.clone().answer_refused(refused)),
+        guarded(&broken, daemon.clone().run(run_requests, engine_up)),
     ];
 
-    let exit_code = tokio::select! {
-        exit_code = signals.next() => exit_code,
-        Ok(why) = unfit => { tracing::error!("{why}"); return Ok(EX_CONFIG) }
+    let (drained_code, forced_code) = tokio::select! {
+        forced_code = signals.next() => (0, forced_code),
+        Ok(why) = unfit => {
+            tracing::error!("{why}");
+            (EX_CONFIG, EX_CONFIG)
+        }
+        // Better an end that a supervisor sees than a daemon that takes no more work.
+        () = broken.cancelled() => {
+            tracing::error!("a part of the intake broke down");
+            (1, 1)
+        }
     };
     tracing::info!(jobs = daemon.jobs.len(), "draining: no more requests are taken");
     shutdown.draining.cancel();
     let drained = daemon.drain(intake, &config);
     tokio::pin!(drained);
     let exit_code = tokio::select! {
-        () = &mut drained => 0,
+        all_ended = &mut drained => if all_ended { drained_code } else { 1 },
         _ = signals.next() => {
             tracing::warn!("told again: killing what still runs");
             shutdown.stopping.cancel();
@@ -136,7 +145,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
                 _ = tokio::time::timeout(FORCED_RITES, &mut drained) => {}
                 _ = signals.next() => {}
             }
-            exit_code
+            forced_code
         }
     };
     ended.cancel();
@@ -151,6 +160,19 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     }
     tracing::info!(exit_code, "stopped");
     Ok(exit_code)
+}
+
+/// Spawns a part of the intake that ends only with the drain; `broken` is cancelled when it ends,
+/// however that comes about.
+fn guarded(
+    broken: &CancellationToken,
+    part: impl Future<Output = ()> + Send + 'static,
+) -> tokio::task::JoinHandle<()> {
+    let guard = broken.clone().drop_guard();
+    tokio::spawn(async move {
+        part.await;
+        drop(guard);
+    })
 }
 
 fn docker_options(config: &Config, worker: &str) -> docker::Options {
@@ -311,30 +333,30 @@ impl Daemon {
         }
     }
 
-    /// Sees every job to its end: by itself within the grace, stopped after it.
-    async fn drain(&self, intake: [tokio::task::JoinHandle<()>; 3], config: &Config) {
+    /// Sees every job to its end: by itself within the grace, stopped after it. Returns whether
+    /// all of them got there.
+    async fn drain(&self, intake: [tokio::task::JoinHandle<()>; 3], config: &Config) -> bool {
         let all_ended = async {
-            for task in intake {
-                if let Err(error) = task.await {
-                    tracing::error!(%error, "a part of the intake broke down");
-                }
-            }
+            // One that broke down was reported when it did.
+            futures::future::join_all(intake).await;
             self.jobs.close();
             self.jobs.wait().await;
         };
         tokio::pin!(all_ended);
         if tokio::time::timeout(config.shutdown_grace, &mut all_ended).await.is_ok() {
-            return;
+            return true;
         }
         tracing::warn!(jobs = self.jobs.len(), "SHUTDOWN_GRACE is over: stopping what still runs");
         self.shutdown.stopping.cancel();
         let patience = config.stop_grace + LAST_RITES;
-        if tokio::time::timeout(patience, &mut all_ended).await.is_err() {
+        let all_ended = tokio::time::timeout(patience, &mut all_ended).await.is_ok();
+        if !all_ended {
             tracing::error!(
                 jobs = self.jobs.len(),
                 "jobs are still not done with; their containers are left to the next start"
             );
         }
+        all_ended
     }
 }
 

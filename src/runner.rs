@@ -15,7 +15,7 @@ use crate::protocol::{Request, Subjects, request};
 use crate::publish::{Publisher, Route};
 use crate::retry::Backoff;
 use crate::shutdown::Shutdown;
-use crate::source::{Delivery, Kind, Message};
+use crate::source::{Delivery, Kind, Message, Settle};
 
 /// Delays between the attempts of one job.
 const ATTEMPTS: Backoff =
@@ -120,40 +120,71 @@ impl Runner {
         let (id, image, limits) = (job.id.clone(), job.image.clone(), job.limits.clone());
         let mut run = self.backend.prepare(job);
         let attempt = self.drive(run.as_mut(), &limits).await;
+        let mut remains = Some(run);
 
-        if let Verdict::Failed(failure) = &attempt.verdict {
-            if is_suspicious(failure) {
-                self.suspicions.send_modify(|n| *n += 1);
+        let (settle, attempt) = match self.retry_delay(&attempt.verdict, &context, &*settle) {
+            None => (Some(settle), attempt),
+            Some(delay) => {
+                // The next attempt must not run beside what is left of this one.
+                if let Some(run) = remains.take() {
+                    self.clean_up(run, &id).await;
+                }
+                if settle.retry(delay).await.is_ok() {
+                    return;
+                }
+                (None, attempt)
             }
-            let again = settle.can_retry()
-                && matches!(failure, Failure::Transient(_))
-                && context.message.attempt < self.options.max_attempts
-                && !self.shutdown.stopping.is_cancelled();
-            if again {
-                let delay = ATTEMPTS.delay(context.message.attempt);
-                tracing::warn!(job = %id, attempt = context.message.attempt, %failure, ?delay, "the infrastructure failed the job; it will be tried again");
-                self.clean_up(run, &id).await;
-                drop(slot);
-                settle.retry(delay).await;
-                return;
-            }
-        }
+        };
 
         let outcome = self.outcome(id, Some(image), &limits, &context, attempt);
         self.report(&outcome);
         // The outcome first: whoever waits for it does not wait for the removal. But a server that
         // is not there must not keep a container.
-        let publish = self.publisher.publish(&outcome, &context.route);
+        let publish = self.publish_patiently(&outcome, &context.route);
         tokio::pin!(publish);
         let in_time = tokio::time::timeout(self.options.publish_timeout, &mut publish).await;
+        let clean_up = async {
+            if let Some(run) = remains {
+                self.clean_up(run, &outcome.id).await;
+            }
+        };
         if in_time.is_ok() {
-            settle.done().await;
-            self.clean_up(run, &outcome.id).await;
+            settle_done(settle).await;
+            clean_up.await;
         } else {
-            tokio::join!(self.clean_up(run, &outcome.id), publish);
-            settle.done().await;
+            tokio::join!(clean_up, publish);
+            settle_done(settle).await;
         }
         drop(slot);
+    }
+
+    /// After how long the job is to be tried again; nothing where this attempt was the last.
+    fn retry_delay(
+        &self,
+        verdict: &Verdict,
+        context: &Context,
+        settle: &dyn Settle,
+    ) -> Option<Duration> {
+        let Verdict::Failed(failure) = verdict else { return None };
+        if is_suspicious(failure) {
+            self.suspicions.send_modify(|n| *n += 1);
+        }
+        let attempt = context.message.attempt;
+        let again = settle.can_retry()
+            && matches!(failure, Failure::Transient(_))
+            && attempt < self.options.max_attempts
+            && !self.shutdown.draining.is_cancelled();
+        if !again {
+            return None;
+        }
+        let delay = ATTEMPTS.delay(attempt);
+        tracing::warn!(
+            attempt,
+            %failure,
+            delay_ms = delay.as_millis(),
+            "the infrastructure failed the job; it will be tried again"
+        );
+        Some(delay)
     }
 
     /// Answers a message without running it.
@@ -327,7 +358,13 @@ impl Runner {
                 tracing::warn!(job = %id, %error, "could not remove the container yet; trying on");
             }
             self.suspicions.send_modify(|n| *n += 1);
-            tokio::time::sleep(CLEANUPS.delay(failures)).await;
+            tokio::select! {
+                () = tokio::time::sleep(CLEANUPS.delay(failures)) => {}
+                () = self.shutdown.stopping.cancelled(), if failures >= CLEANUP_TRIES => {
+                    tracing::warn!(job = %id, %error, "the container stays behind for the next start");
+                    return;
+                }
+            }
         }
     }
 
@@ -425,6 +462,12 @@ fn judge(verdict: Verdict, limits: &Limits) -> Judgement {
             done(Status::Error, Some(JobError::new(code::JOB_STOPPED, message)), exit)
         }
         Verdict::Failed(failure) => done(failure.status(), Some(failure.error().clone()), None),
+    }
+}
+
+async fn settle_done(settle: Option<Box<dyn Settle>>) {
+    if let Some(settle) = settle {
+        settle.done().await;
     }
 }
 

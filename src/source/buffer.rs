@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::Message;
+use super::{Closed, Message};
 
 /// What a waiting message takes beside its payload, in bytes: its own fields and its place here.
 const OVERHEAD: usize = std::mem::size_of::<Message>() + 64;
@@ -101,12 +101,19 @@ impl Buffer {
 
     /// Puts a message back for another attempt `after` a while. It was accepted before, so there
     /// is always room.
-    pub fn put_back(&self, message: Message, after: Duration) {
+    ///
+    /// # Errors
+    /// The buffer is closed.
+    pub fn put_back(&self, message: Message, after: Duration) -> Result<(), Closed> {
         let mut state = self.state();
+        if state.closed {
+            return Err(Closed);
+        }
         state.bytes += size(&message);
         state.delayed.push((Instant::now() + after, message));
         drop(state);
         self.changed.notify_one();
+        Ok(())
     }
 
     /// The next message that is due. Cancel-safe. For one reader.
@@ -158,7 +165,7 @@ impl Buffer {
         state.len() <= self.limits.messages / 2 && state.bytes <= self.limits.bytes / 2
     }
 
-    /// Takes no more messages from [`Buffer::push`].
+    /// Takes no more messages.
     pub fn close(&self) {
         self.state().closed = true;
     }
@@ -221,8 +228,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_is_put_back_comes_when_it_is_due_and_first() {
         let buffer = Buffer::new(Limits { messages: 9, bytes: 9000 });
-        buffer.put_back(message("late"), Duration::from_secs(60));
-        buffer.put_back(message("soon"), Duration::from_secs(1));
+        assert!(buffer.put_back(message("late"), Duration::from_secs(60)).is_ok());
+        assert!(buffer.put_back(message("soon"), Duration::from_secs(1)).is_ok());
         assert_eq!(popped(&buffer), None);
         let begun = Instant::now();
         assert_eq!(&buffer.pop().await.payload[..], b"soon");
@@ -237,9 +244,10 @@ mod tests {
     async fn a_closed_buffer_gives_back_everything() {
         let buffer = Buffer::new(Limits { messages: 9, bytes: 9000 });
         assert!(buffer.push(message("a")).is_ok());
-        buffer.put_back(message("b"), Duration::from_secs(60));
+        assert!(buffer.put_back(message("b"), Duration::from_secs(60)).is_ok());
         buffer.close();
         assert!(buffer.push(message("c")).is_err());
+        assert_eq!(buffer.put_back(message("d"), Duration::ZERO), Err(Closed));
         let rest: Vec<_> = buffer.drain().into_iter().map(|m| m.payload).collect();
         assert_eq!(rest, ["b", "a"]);
         assert!(buffer.is_empty());

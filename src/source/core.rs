@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::buffer::{Buffer, Limits};
-use super::{Delivery, Kind, Message, Settle, Source};
+use super::{Closed, Delivery, Kind, Message, Settle, Source};
 use crate::nats::Connection;
 use crate::protocol::headers::NATS_MSG_ID;
 
@@ -184,10 +184,10 @@ impl Settle for Requeue {
 
     async fn done(self: Box<Self>) {}
 
-    async fn retry(self: Box<Self>, after: Duration) {
+    async fn retry(self: Box<Self>, after: Duration) -> Result<(), Closed> {
         let Self { mut message, buffer } = *self;
         message.attempt += 1;
-        buffer.put_back(message, after);
+        buffer.put_back(message, after)
     }
 }
 
@@ -202,5 +202,7 @@ impl Settle for Once {
 
     async fn done(self: Box<Self>) {}
 
-    async fn retry(self: Box<Self>, _after: Duration) {}
+    async fn retry(self: Box<Self>, _after: Duration) -> Result<(), Closed> {
+        Err(Closed)
+    }
 }

@@ -44,6 +44,10 @@ pub struct Delivery {
     pub settle: Box<dyn Settle>,
 }
 
+/// A source that takes nothing back any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Closed;
+
 /// What becomes of a delivery, decided once.
 #[async_trait]
 pub trait Settle: Send {
@@ -54,7 +58,10 @@ pub trait Settle: Send {
     async fn done(self: Box<Self>);
 
     /// The infrastructure failed: deliver the request again, after a while.
-    async fn retry(self: Box<Self>, after: Duration);
+    ///
+    /// # Errors
+    /// The source is closed, and the caller has the last word.
+    async fn retry(self: Box<Self>, after: Duration) -> Result<(), Closed>;
 }
 
 /// A stream of deliveries.
