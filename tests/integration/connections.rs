@@ -30,6 +30,13 @@ async fn the_daemon_gets_in_with_every_kind_of_proof() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_server_that_could_keep_the_requests_need_not() {
+    let nats = NatsOptions { jetstream: true, ..NatsOptions::default() };
+    let world = World::with(nats, Engine::shared().await, &[("DELIVERY", "core")]).await;
+    assert_eq!(world.execute(json!({"parameter": "echo in passing"})).await.text(), "in passing\n");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_secret_in_the_url_works_and_is_not_shown() {
     let server =
         NatsServer::with(NatsOptions { auth: Auth::UserPassword, ..NatsOptions::default() }).await;

@@ -166,6 +166,17 @@ async fn a_live_neighbours_containers_are_left_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_dead_neighbours_containers_are_removed_by_the_living() {
+    let mut dead = World::start(&[]).await;
+    let theirs = dead.hold().await;
+    let living = World::start(&[("REAP_INTERVAL", "1s")]).await;
+    assert_eq!(dead.engine.containers_of(&theirs.id).await.len(), 1, "not before it is dead");
+    dead.daemon.crash().await;
+    dead.engine.gone(&theirs.id).await;
+    living.works(2).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn containers_of_nobodys_are_not_touched() {
     let world = World::start(&[("REAP_INTERVAL", "1s")]).await;
     let foreign = world.engine.foreign_container().await;

@@ -392,6 +392,7 @@ async fn the_environment_the_directory_and_the_user_are_as_asked_for() {
         ),
         ("env replaced", json!({"env": {"COLOUR": "", "SHAPE": "grüß"}}), "grüß\n/data\n0\n0\n"),
         ("a directory", json!({"working_dir": "/etc"}), "green round\n/etc\n0\n0\n"),
+        ("the network there is", json!({"network": "none"}), "green round\n/data\n0\n0\n"),
         ("a user by number", json!({"user": "1234"}), "green round\n/data\n1234\n0\n"),
         ("a user and a group", json!({"user": "1234:4321"}), "green round\n/data\n1234\n4321\n"),
         ("a user by name", json!({"user": "app"}), "green round\n/data\n1000\n1000\n"),
@@ -422,6 +423,22 @@ async fn the_environment_the_directory_and_the_user_are_as_asked_for() {
         "{}",
         file.outcome
     );
+    world.clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_network_the_engine_does_not_have_ends_the_job_and_not_the_slot() {
+    let network = "no-such-network";
+    let world =
+        World::start(&[("ALLOWED_NETWORKS", "none,no-such-network"), ("MAX_DELIVER", "2")]).await;
+    let ended = world.execute(json!({"parameter": "true", "network": network})).await;
+    assert!(["rejected", "error"].contains(&ended.status()), "{}", ended.outcome);
+    assert!(
+        ended.outcome["error"]["message"].as_str().unwrap().contains(network),
+        "{}",
+        ended.outcome
+    );
+    world.works(5).await;
     world.clean().await;
 }
 

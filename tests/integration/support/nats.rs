@@ -33,11 +33,13 @@ pub(crate) struct NatsOptions {
     /// Encrypted, with client certificates demanded.
     pub(crate) tls: bool,
     pub(crate) max_payload: Option<usize>,
+    /// With storage for streams.
+    pub(crate) jetstream: bool,
 }
 
 impl Default for NatsOptions {
     fn default() -> Self {
-        Self { auth: Auth::Open, tls: false, max_payload: None }
+        Self { auth: Auth::Open, tls: false, max_payload: None, jetstream: false }
     }
 }
 
@@ -211,6 +213,10 @@ impl NatsServer {
         );
         if let Some(most) = self.options.max_payload {
             config.push_str(&format!("max_payload: {most}\n"));
+        }
+        if self.options.jetstream {
+            config
+                .push_str(&format!("jetstream {{ store_dir: \"{}\" }}\n", self.text_path("store")));
         }
         match self.options.auth {
             Auth::Open => {}
