@@ -10,7 +10,8 @@ use bollard::Docker;
 use bollard::exec::{StartExecOptions, StartExecResults};
 use bollard::models::{ContainerCreateBody, ContainerSummary, ExecConfig};
 use bollard::query_parameters::{
-    CreateContainerOptions, ListContainersOptions, RemoveContainerOptions, RemoveImageOptions,
+    CreateContainerOptions, ListContainersOptions, ListImagesOptions, RemoveContainerOptions,
+    RemoveImageOptions,
 };
 use futures::StreamExt;
 use tempfile::TempDir;
@@ -153,9 +154,13 @@ impl Engine {
         });
     }
 
-    /// Removes the image `name` when the returned guard is dropped.
+    /// Removes all images of the repository of `name` when the returned guard is dropped, those
+    /// that have lost their tag to a later one as well.
     pub(crate) fn remove_later(&self, name: &str) -> ImageGuard {
-        ImageGuard { host: self.host.clone(), name: name.to_string() }
+        let name = name.split('@').next().unwrap_or(name);
+        let end = name.rfind('/').unwrap_or(0);
+        let tag = name[end..].find(':').map_or(name.len(), |colon| end + colon);
+        ImageGuard { host: self.host.clone(), repository: name[..tag].to_string() }
     }
 
     /// Makes a container that is no daemon's, with labels that look a little like one's.
@@ -185,22 +190,31 @@ pub(crate) fn label<'a>(container: &'a ContainerSummary, name: &str) -> Option<&
     container.labels.as_ref()?.get(name).map(String::as_str)
 }
 
-/// Removes a pulled image in the end.
+/// Removes pulled images in the end.
 pub(crate) struct ImageGuard {
     host: Option<String>,
-    name: String,
+    repository: String,
 }
 
 impl Drop for ImageGuard {
     fn drop(&mut self) {
-        let (host, name) = (self.host.clone(), self.name.clone());
+        let (host, repository) = (self.host.clone(), self.repository.clone());
         on_own_runtime(async move {
-            let Some(docker) = connect(host.as_deref()) else {
-                return;
-            };
-            let options = RemoveImageOptions { force: true, ..Default::default() };
-            // Not there means not pulled, which is as good.
-            let _ = docker.remove_image(&name, Some(options), None).await;
+            let Some(docker) = connect(host.as_deref()) else { return };
+            let labelled = HashMap::from([("label".to_string(), vec![images::LABEL.to_string()])]);
+            let options =
+                ListImagesOptions { all: true, filters: Some(labelled), ..Default::default() };
+            let Ok(images) = docker.list_images(Some(options)).await else { return };
+            let ours = images.into_iter().filter(|image| {
+                image.repo_tags.iter().chain(&image.repo_digests).any(|name| {
+                    name.strip_prefix(&repository).is_some_and(|rest| rest.starts_with([':', '@']))
+                })
+            });
+            for image in ours {
+                let options = RemoveImageOptions { force: true, ..Default::default() };
+                // Not there any more is as good.
+                let _ = docker.remove_image(&image.id, Some(options), None).await;
+            }
         });
     }
 }
