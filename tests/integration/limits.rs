@@ -75,9 +75,13 @@ async fn a_process_a_function_leaves_behind_ends_with_it() {
 async fn running_out_of_memory_is_told_from_being_killed() {
     let world = World::start(&[]).await;
     let memory = 32 * 1024 * 1024;
-    let eater = json!({"parameter": "dd if=/dev/zero of=/dev/null bs=128M count=1", "memory_bytes": memory});
-    let parent = json!({"parameter": "sh -c 'dd if=/dev/zero of=/dev/null bs=128M count=1; echo went on; exit 0'",
-        "memory_bytes": memory});
+    // The engine begins to listen for the kernel's notice a moment after the start: a function
+    // that takes all its memory before that looks like one that was killed by anybody.
+    let greed = "dd if=/dev/zero of=/dev/null bs=128M count=1";
+    let eater = format!("sleep 1; exec {greed}");
+    let eater = json!({"parameter": ["sh", "-c", eater], "memory_bytes": memory});
+    let parent = format!("sleep 1; {greed}; echo went on; exit 0");
+    let parent = json!({"parameter": ["sh", "-c", parent], "memory_bytes": memory});
     let killed = json!({"parameter": "sh -c 'kill -9 $$'"});
     let pretender = json!({"parameter": "sh -c 'exit 137'"});
     let enough =
