@@ -29,12 +29,24 @@ impl Publisher {
         Self { connection, results: subjects.results.clone() }
     }
 
-    /// Publishes `outcome` along `route`. Waits for a server where there is none, for as long as
-    /// it takes; the caller bounds the wait.
+    /// Publishes `outcome` along `route`, again where the connection broke before the server
+    /// confirmed it: the receiver can tell by the id. Waits for a server where there is none, for
+    /// as long as it takes; the caller bounds the wait.
     ///
     /// What cannot be sent at all is logged with the job's id: there is nobody else to tell.
     pub async fn publish(&self, outcome: &Outcome, route: &Route) {
-        self.connection.connected().await;
+        loop {
+            self.connection.connected().await;
+            let epoch = self.connection.epoch();
+            self.send(outcome, route).await;
+            if self.connection.confirmed(epoch).await {
+                return;
+            }
+            tracing::warn!(job = %outcome.id, "the connection broke before the outcome was confirmed; it is sent again");
+        }
+    }
+
+    async fn send(&self, outcome: &Outcome, route: &Route) {
         let client = &self.connection.client;
         // The server closes the connection of who sends more, and everybody's results with it.
         let limit = client.max_payload();
