@@ -104,14 +104,16 @@ impl Connection {
         Ok(Self { client, connected, lost, unconfirmable: Arc::default() })
     }
 
-    /// Waits until there is a server.
-    pub async fn connected(&self) {
+    /// Waits until there is a server. Returns whether there was one all along.
+    pub async fn connected(&self) -> bool {
         let mut connected = self.connected.clone();
+        let all_along = self.client.connection_state() == State::Connected;
         while self.client.connection_state() != State::Connected {
             // The client may skip events when there are many; a look now and then makes up for it.
             let _ = tokio::time::timeout(STATE_CHECK, connected.wait_for(|up| *up)).await;
             tokio::task::yield_now().await;
         }
+        all_along
     }
 
     /// Which connection this is: how many there have been so far.
