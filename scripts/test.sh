@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Every test, against a real engine, real NATS servers and a real registry; the tests start the latter two themselves.
+# `--long` adds those that take long. Further arguments go to the tests: scripts/test.sh admission
+
+set -euo pipefail
+# shellcheck source=scripts/services.sh
+source "$(dirname "$0")/services.sh"
+cd "$ROOT"
+
+ARGS=("$@")
+if [[ ${ARGS[0]-} == --long ]]; then
+    ARGS=(--include-ignored "${ARGS[@]:1}")
+fi
+
+# Temporary files go to a directory of their own, which must be empty at the end.
+private_temporary_files() {
+    TMPDIR="$(mktemp -d /tmp/worker-spawner-test.XXXXXX)"
+    export TMPDIR
+    at_exit "rm -rf --one-file-system '$TMPDIR'"
+}
+
+# What is listed depends on whose engine it is: in one started here, everything is ours.
+list_leftovers() {
+    if engine_is_ours; then scripts/leftovers.sh; else scripts/leftovers.sh ours; fi | grep -v -e '^firewall' -e '^temporary' || true
+    find "$TMPDIR" -mindepth 1 -printf 'temporary %p\n'
+}
+
+nothing_new() {
+    list_leftovers >"$BEFORE.now"
+    NEW="$(comm -13 "$BEFORE" "$BEFORE.now")"
+    [[ -z $NEW ]]
+}
+
+need_cargo
+need nats-server docker-registry htpasswd busybox unshare nsenter ip iptables ps
+private_temporary_files
+engine_acquire
+at_exit engine_release
+
+BEFORE="$(mktemp -p /tmp)"
+at_exit "rm -f '$BEFORE' '$BEFORE.now'"
+list_leftovers >"$BEFORE"
+
+say "tests"
+cargo test --workspace --all-features --locked -- "${ARGS[@]}"
+if [[ -x scripts/test-clients.sh ]]; then
+    say "client examples"
+    scripts/test-clients.sh
+fi
+
+# Removal follows the result, so the last container may be going while the tests end.
+wait_until 20 nothing_new || die "the tests left behind:"$'\n'"$NEW"
+say "all tests passed, nothing left behind"
