@@ -1,4 +1,4 @@
-# `make` lists what there is. Each target is a script of the same name in scripts/, which says more.
+# `make` lists what there is. What they run is in scripts/, which says more.
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-long bench bench-long services services-stop image-check lint fmt deny ci clean
@@ -19,10 +19,10 @@ test-long: ## The same, with the tests that take long
 	@scripts/test.sh --long
 
 bench: ## Measure the daemon against `docker run` and the bare API
-	@scripts/bench.sh
+	@scripts/with-engine.sh scripts/bench.sh
 
 bench-long: ## The same, long enough to see memory grow
-	@scripts/bench.sh --long
+	@scripts/with-engine.sh scripts/bench.sh --long
 
 services: ## Start a Docker engine and a NATS server, unless they run already
 	@scripts/services.sh start

@@ -16,9 +16,11 @@ in_engine() {
     docker image ls -a --no-trunc --format 'image {{.ID}} {{.Repository}}:{{.Tag}}'
 }
 
-# The number of a process goes with it: the same server started anew is another one.
+# The number of a process goes with it: the same server started anew is another one. A zombie has ended; that its
+# parent has not noticed is not ours to mend.
 processes() {
-    ps -e -o pid= -o comm= -o args= | awk -v programs="^($PROGRAMS)\$" '$2 ~ programs { print "process", substr($0, 1, 160) }'
+    ps -e -o stat= -o pid= -o comm= -o args= |
+        awk -v programs="^($PROGRAMS)\$" '$1 !~ /^Z/ && $3 ~ programs { $1 = "process"; print substr($0, 1, 160) }'
 }
 
 on_machine() {
@@ -26,6 +28,8 @@ on_machine() {
     awk '{ print "mount", $5 }' /proc/self/mountinfo
     if [[ -d /run/netns ]]; then printf 'namespace %s\n' /run/netns/*; fi
     find /tmp -mindepth 1 -maxdepth 1 -printf 'temporary %p\n'
+    find /sys/fs/cgroup -maxdepth 2 -name 'worker-spawner*' -printf 'cgroup %p\n'
+    find /run/containerd -type s -printf 'socket %p\n' 2>/dev/null || true
     find /run/worker-spawner-dev /var/lib/worker-spawner-dev -maxdepth 0 -printf 'state %p\n' 2>/dev/null || true
     firewall_rules iptables | sed 's/^/firewall /'
 }

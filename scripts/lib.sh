@@ -89,6 +89,7 @@ need() {
         command -v "$command" >/dev/null || read -ra packages < <(echo "${packages[@]}" "$(package_of "$command")")
     done
     ((${#packages[@]})) || return 0
+    mapfile -t packages < <(printf '%s\n' "${packages[@]}" | sort -u)
     install_packages "${packages[@]}"
     hash -r
     for command in "$@"; do

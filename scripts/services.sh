@@ -77,7 +77,7 @@ engine_start() {
     need dockerd iptables ip pgrep pkill
     # Two engines in one network namespace take the bridge from each other.
     for other in $(pgrep -x dockerd); do
-        [[ $(readlink "/proc/$other/ns/net") != $(readlink /proc/self/ns/net) ]] && continue
+        [[ $(readlink "/proc/$other/ns/net") != "$(readlink /proc/self/ns/net)" ]] && continue
         wait_until 30 engine_answers && return
         die "an engine runs here (process $other) but does not answer at $DOCKER_HOST: set DOCKER_HOST, or stop it."
     done
@@ -134,11 +134,12 @@ engine_clear() {
     # Should another engine have come up in the meantime, the bridge, the rules and the socket are its own.
     if ! engine_answers; then
         network_restore
+        rmdir /sys/fs/cgroup/{,*/}docker 2>/dev/null || true
         rm -f /var/run/docker.sock
     fi
     [[ ! -e $STATE/no-key ]] || rm -f /etc/docker/key.json
     # Directories that an engine makes wherever its configuration puts the rest.
-    remove_empty /etc/docker /run/docker
+    remove_empty /etc/docker /run/docker /run/containerd
     rm -rf --one-file-system "$ENGINE_DATA"
     rm -rf "$STATE"/{users,exec,before,daemon.json,dockerd.log,engine.pid,no-key}
     rmdir --ignore-fail-on-non-empty "$STATE" 2>/dev/null || true
@@ -239,6 +240,7 @@ nats_listens() { (exec 3<>/dev/tcp/127.0.0.1/4222) 2>/dev/null; }
 # --- The command -------------------------------------------------------------------------------------------------
 
 services_start() {
+    need docker nats-server
     engine_acquire
     ! engine_is_ours || mv "$STATE/users/$$" "$STATE/users/kept"
     nats_keep
@@ -248,7 +250,6 @@ services_start() {
 nats_keep() {
     local dir="$ROOT/.services/nats"
     if nats_listens; then return; fi
-    need nats-server
     say "starting nats-server"
     mkdir -p "$dir"
     setsid nats-server --addr 127.0.0.1 --port 4222 --jetstream --store_dir "$dir" >"$dir/nats.log" 2>&1 </dev/null &

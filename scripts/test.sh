@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Every test, against a real engine, real NATS servers and a real registry; the tests start the latter two themselves.
-# `--long` adds those that take long. Further arguments go to the tests: scripts/test.sh admission
+# `--long` adds the forms that take long. Further arguments go to the tests: scripts/test.sh admission
 
 set -euo pipefail
 # shellcheck source=scripts/services.sh
 source "$(dirname "$0")/services.sh"
 cd "$ROOT"
 
-ARGS=("$@")
-if [[ ${ARGS[0]-} == --long ]]; then
-    ARGS=(--include-ignored "${ARGS[@]:1}")
+if [[ ${1-} == --long ]]; then
+    shift
+    export WORKER_SPAWNER_TEST_LONG=1
 fi
 
 # Temporary files go to a directory of their own, which must be empty at the end.
@@ -25,6 +25,11 @@ list_leftovers() {
     find "$TMPDIR" -mindepth 1 -printf 'temporary %p\n'
 }
 
+# The tests make each image once and share it, so none of them can tell when it is no longer needed.
+remove_test_images() {
+    docker image ls -q --filter 'reference=worker-spawner-test/*' | sort -u | xargs -r docker rmi -f >/dev/null
+}
+
 nothing_new() {
     list_leftovers >"$BEFORE.now"
     NEW="$(comm -13 "$BEFORE" "$BEFORE.now")"
@@ -36,18 +41,21 @@ need nats-server docker-registry htpasswd busybox unshare nsenter ip iptables ps
 private_temporary_files
 engine_acquire
 at_exit engine_release
+at_exit remove_test_images
 
 BEFORE="$(mktemp -p /tmp)"
 at_exit "rm -f '$BEFORE' '$BEFORE.now'"
+remove_test_images # of a run that was killed
 list_leftovers >"$BEFORE"
 
 say "tests"
-cargo test --workspace --all-features --locked -- "${ARGS[@]}"
+cargo test --workspace --all-features --locked -- "$@"
 if [[ -x scripts/test-clients.sh ]]; then
     say "client examples"
     scripts/test-clients.sh
 fi
 
+remove_test_images
 # Removal follows the result, so the last container may be going while the tests end.
 wait_until 20 nothing_new || die "the tests left behind:"$'\n'"$NEW"
 say "all tests passed, nothing left behind"
