@@ -27,7 +27,9 @@ on_machine() {
     ip -o link show | awk -F': ' '{ sub(/@.*/, "", $2); print "interface", $2 }'
     awk '{ print "mount", $5 }' /proc/self/mountinfo
     if [[ -d /run/netns ]]; then printf 'namespace %s\n' /run/netns/*; fi
-    find /tmp -mindepth 1 -maxdepth 1 -printf 'temporary %p\n'
+    # The names that this project's programs, mktemp and the tests' libraries give.
+    find /tmp -mindepth 1 -maxdepth 1 -regextype posix-extended -regex '.*/(worker-spawner|engine-|\.tmp|tmp\.).*' \
+        -printf 'temporary %p\n'
     find /sys/fs/cgroup -maxdepth 2 -name 'worker-spawner*' -printf 'cgroup %p\n'
     find /run/containerd -type s -printf 'socket %p\n' 2>/dev/null || true
     find /run/worker-spawner-dev /var/lib/worker-spawner-dev -maxdepth 0 -printf 'state %p\n' 2>/dev/null || true
