@@ -118,7 +118,8 @@ impl Runner {
         let begun = Instant::now();
         let (job, context) = match self.decode(message, begun) {
             Ok(decoded) => decoded,
-            Err((outcome, context)) => {
+            Err(refused) => {
+                let (outcome, context) = *refused;
                 self.report(&outcome);
                 self.publish_patiently(&outcome, &context.route).await;
                 settle.done().await;
@@ -171,7 +172,8 @@ impl Runner {
         // What kind of request it is decides where the answer goes, even if it is a bad one.
         let (job, context) = match self.decode(message, now) {
             Ok(decoded) => decoded,
-            Err((outcome, context)) => {
+            Err(refused) => {
+                let (outcome, context) = *refused;
                 self.report(&outcome);
                 self.publish_patiently(&outcome, &context.route).await;
                 return;
@@ -203,7 +205,7 @@ impl Runner {
         &self,
         message: Message,
         begun: Instant,
-    ) -> Result<(Job, Context), (Outcome, Context)> {
+    ) -> Result<(Job, Context), Box<(Outcome, Context)>> {
         let Options {
             policy, subjects, ..
         } = &self.options;
@@ -246,7 +248,7 @@ impl Runner {
                     pids: 0,
                 };
                 let outcome = self.outcome(refusal.id, refusal.image, &limits, &context, attempt);
-                Err((outcome, context))
+                Err(Box::new((outcome, context)))
             }
         }
     }

@@ -132,6 +132,8 @@ fn the_result_of_a_job_that_never_ran_is_the_message() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     #[test]
     fn no_message_is_larger_than_its_limit(
         stdout in proptest::collection::vec(any::<u8>(), 0..4000),

@@ -71,7 +71,9 @@ impl Container {
             ..Default::default()
         };
         let create = self.engine().docker().create_container(Some(query), body);
+        let turn = self.shared.turns.create();
         let created = self.engine().call("create the container", create).await;
+        drop(turn);
         created.map(|_| ()).map_err(|e| failure(e, job))
     }
 

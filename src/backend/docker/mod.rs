@@ -9,6 +9,7 @@ mod owner;
 mod reap;
 mod reference;
 mod spec;
+mod turns;
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -51,8 +52,7 @@ struct Shared {
     owner: owner::Identity,
     /// Names of the containers that a run still sees to.
     live: Mutex<HashSet<String>>,
-    /// Whose turn it is to remove a container.
-    removals: tokio::sync::Semaphore,
+    turns: turns::Turns,
 }
 
 impl Docker {
@@ -65,7 +65,7 @@ impl Docker {
         let images = image::Store::new(engine.clone(), &options.images)?;
         let owner = owner::Identity::of_this_process();
         let live = Mutex::default();
-        let removals = tokio::sync::Semaphore::new(1);
+        let turns = turns::Turns::new();
         Ok(Self {
             shared: Arc::new(Shared {
                 engine,
@@ -73,7 +73,7 @@ impl Docker {
                 options,
                 owner,
                 live,
-                removals,
+                turns,
             }),
         })
     }
@@ -87,11 +87,8 @@ impl Shared {
 
     /// Removes a container with its anonymous volumes, running or not. One that is gone is no
     /// error.
-    ///
-    /// One removal at a time: an engine's removals hold the lock that creations wait for, and
-    /// in parallel they slow one another down more than they gain.
     pub(super) async fn remove(&self, name: &str) -> Result<(), CallError> {
-        let turn = tokio::time::timeout(self.options.call_timeout, self.removals.acquire()).await;
+        let turn = self.turns.remove().await;
         let query = RemoveContainerOptions {
             force: true,
             v: true,
@@ -99,7 +96,6 @@ impl Shared {
         };
         let remove = self.engine.docker().remove_container(name, Some(query));
         let removed = self.engine.call("remove the container", remove).await;
-        // A turn that did not come in time is no reason to keep the container.
         drop(turn);
         match removed {
             Err(e) if !e.is_not_found() => Err(e),
