@@ -105,7 +105,7 @@ CONFIG
 timed() {
     local begin=$SECONDS
     "$@"
-    echo "$1: $((SECONDS - begin)) s" >&2
+    echo "$*: $((SECONDS - begin)) s" >&2
 }
 
 # The plugin, or the command of the version before it.
@@ -179,10 +179,13 @@ compose logs --no-color worker-spawner
 daemon="$(compose ps -q worker-spawner)"
 pid="$(docker inspect --format '{{.State.Pid}}' "$daemon")"
 say "the daemon's process"
+[[ $(stat -c %u "/proc/$pid") != 0 ]] || die "the daemon runs as root"
 grep -E '^(Name|Uid|Gid|Groups|CapEff|NoNewPrivs):' "/proc/$pid/status"
 
 say "taking it down"
-timed compose down --volumes --timeout 40
+timed compose stop --timeout 40
+[[ $(docker inspect --format '{{.State.ExitCode}}' "$daemon") == 0 ]] || die "the daemon did not end cleanly when it was stopped"
+compose down --volumes
 LEFT="$(ours)"
 [[ -z $LEFT ]] || die "docker compose down left:"$'\n'"$LEFT"
 say "built, ran, answered, and left nothing"

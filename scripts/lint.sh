@@ -10,6 +10,13 @@ shell_scripts() {
     git ls-files --cached --others --exclude-standard -- '*.sh' .ci/run
 }
 
+# Settings of the daemon's own that docker-compose.yml does not hand on: its file names neither the servers' keys nor
+# another engine.
+settings_compose_lacks() {
+    comm -23 <(sed -En 's/^(# )?([A-Z_]+)=.*/\2/p' .env.example | grep -Ev '^(NATS|DOCKER)_' | sort) \
+        <(sed -En 's/^      - ([A-Z_]+)$/\1/p' docker-compose.yml | sort)
+}
+
 need_cargo
 need shellcheck
 
@@ -21,4 +28,7 @@ say "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --all-features --locked
 say "scripts"
 shell_scripts | xargs -d '\n' shellcheck -x
+say "settings in docker-compose.yml"
+LACKING="$(settings_compose_lacks)"
+[[ -z $LACKING ]] || die "docker-compose.yml does not hand on:"$'\n'"$LACKING"
 scripts/deny.sh
