@@ -26,10 +26,8 @@ use crate::source::{Delivery, Kind, Message, Source};
 /// How often a healthy engine is pinged, so that its absence is noticed while nothing runs.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Delays between looks at an engine that is away.
-const ENGINE_RETRY: Backoff = Backoff {
-    first: Duration::from_millis(250),
-    most: Duration::from_secs(5),
-};
+const ENGINE_RETRY: Backoff =
+    Backoff { first: Duration::from_millis(250), most: Duration::from_secs(5) };
 /// Beyond the stopped functions' own grace: time to publish, to remove and to flush.
 const LAST_RITES: Duration = Duration::from_secs(15);
 /// How long a forced end may take to kill and remove what still runs.
@@ -49,6 +47,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     let worker = instance_name();
     let backend: Arc<dyn Backend> = Arc::new(Docker::new(docker::Options {
         instance: worker.clone(),
+        docker: config.docker.clone(),
         images: config.images.clone(),
         confinement: config.confinement.clone(),
         call_timeout: config.engine_timeout,
@@ -84,10 +83,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
         &connection,
         &config.subjects.execute,
         &config.queue_group,
-        Limits {
-            messages: config.buffer_messages,
-            bytes: config.buffer_bytes,
-        },
+        Limits { messages: config.buffer_messages, bytes: config.buffer_bytes },
     )
     .await?;
     let run_requests = connection
@@ -105,23 +101,9 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
         });
     };
     let (unfit_found, unfit) = oneshot::channel();
-    spawn(Box::pin(watch_engine(
-        backend.clone(),
-        health,
-        suspected,
-        unfit_found,
-    )));
-    spawn(Box::pin(reap(
-        backend.clone(),
-        engine_up.clone(),
-        config.reap_interval,
-    )));
-    spawn(Box::pin(announce(
-        connection.clone(),
-        engine_up.clone(),
-        config.clone(),
-        worker,
-    )));
+    spawn(Box::pin(watch_engine(backend.clone(), health, suspected, unfit_found)));
+    spawn(Box::pin(reap(backend.clone(), engine_up.clone(), config.reap_interval)));
+    spawn(Box::pin(announce(connection.clone(), engine_up.clone(), config.clone(), worker)));
     let intake = [
         tokio::spawn(daemon.clone().execute(source, engine_up.clone())),
         tokio::spawn(daemon.clone().answer_refused(refused)),
@@ -183,12 +165,8 @@ fn runner_options(config: &Config, worker: &str) -> runner::Options {
 /// A name no other instance has, that a person can place: the host's, and a part made up.
 fn instance_name() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let host: String = host
-        .trim()
-        .chars()
-        .filter(|c| c.is_ascii_alphanumeric() || *c == '-')
-        .take(32)
-        .collect();
+    let host: String =
+        host.trim().chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(32).collect();
     let unique = uuid::Uuid::now_v7().as_u64_pair().1;
     format!("{host}-{:08x}", unique & 0xffff_ffff)
 }
@@ -275,16 +253,11 @@ impl Daemon {
             let daemon = self.clone();
             self.jobs.spawn(async move {
                 let patience = daemon.run_slot_timeout;
-                let slot = daemon
-                    .unless_draining(daemon.slots.take_within(patience))
-                    .await;
+                let slot = daemon.unless_draining(daemon.slots.take_within(patience)).await;
                 drop(place);
                 match slot {
                     Some(Some(slot)) => {
-                        let delivery = Delivery {
-                            message,
-                            settle: Box::new(Once),
-                        };
+                        let delivery = Delivery { message, settle: Box::new(Once) };
                         daemon.runner.handle(delivery, slot).await;
                     }
                     Some(None) => {
@@ -305,14 +278,12 @@ impl Daemon {
 
     fn spawn_job(&self, delivery: Delivery, slot: crate::admission::Slot) {
         let runner = self.runner.clone();
-        self.jobs
-            .spawn(async move { runner.handle(delivery, slot).await });
+        self.jobs.spawn(async move { runner.handle(delivery, slot).await });
     }
 
     fn refuse(&self, message: Message, error: JobError) {
         let runner = self.runner.clone();
-        self.jobs
-            .spawn(async move { runner.refuse(message, error).await });
+        self.jobs.spawn(async move { runner.refuse(message, error).await });
     }
 
     /// The future's value, or nothing if the drain begins first.
@@ -336,10 +307,7 @@ impl Daemon {
             self.jobs.wait().await;
         };
         tokio::pin!(all_ended);
-        if tokio::time::timeout(config.shutdown_grace, &mut all_ended)
-            .await
-            .is_ok()
-        {
+        if tokio::time::timeout(config.shutdown_grace, &mut all_ended).await.is_ok() {
             return;
         }
         tracing::warn!(
@@ -348,10 +316,7 @@ impl Daemon {
         );
         self.shutdown.stopping.cancel();
         let patience = config.stop_grace + LAST_RITES;
-        if tokio::time::timeout(patience, &mut all_ended)
-            .await
-            .is_err()
-        {
+        if tokio::time::timeout(patience, &mut all_ended).await.is_err() {
             tracing::error!(
                 jobs = self.jobs.len(),
                 "jobs are still not done with; their containers are left to the next start"
@@ -368,21 +333,13 @@ fn shutting_down() -> JobError {
 }
 
 async fn up(engine: &mut watch::Receiver<Health>) {
-    if engine
-        .wait_for(|health| *health == Health::Up)
-        .await
-        .is_err()
-    {
+    if engine.wait_for(|health| *health == Health::Up).await.is_err() {
         std::future::pending::<()>().await;
     }
 }
 
 async fn down(engine: &mut watch::Receiver<Health>) {
-    if engine
-        .wait_for(|health| *health != Health::Up)
-        .await
-        .is_err()
-    {
+    if engine.wait_for(|health| *health != Health::Up).await.is_err() {
         std::future::pending::<()>().await;
     }
 }

@@ -11,10 +11,8 @@ use crate::config;
 use crate::retry::Backoff;
 
 /// Delays between tries to connect.
-const RECONNECT: Backoff = Backoff {
-    first: Duration::from_millis(100),
-    most: Duration::from_secs(5),
-};
+const RECONNECT: Backoff =
+    Backoff { first: Duration::from_millis(100), most: Duration::from_secs(5) };
 /// A server that is silent for two of these is gone: noticed in half a minute where TCP alone
 /// would take a quarter of an hour.
 const PING_INTERVAL: Duration = Duration::from_secs(15);
@@ -72,10 +70,7 @@ impl Connection {
                 async move { log.observe(&event) }
             });
         if let Some(path) = &settings.creds_file {
-            options = options
-                .credentials_file(path)
-                .await
-                .map_err(ConnectError::Credentials)?;
+            options = options.credentials_file(path).await.map_err(ConnectError::Credentials)?;
         }
         if let Some(seed) = &settings.nkey_seed {
             options = options.nkey(seed.expose().to_owned());
@@ -90,21 +85,12 @@ impl Connection {
             options = options.add_root_certificates(ca.clone()).require_tls(true);
         }
         if let Some((cert, key)) = &settings.tls_client {
-            options = options
-                .add_client_certificate(cert.clone(), key.clone())
-                .require_tls(true);
+            options = options.add_client_certificate(cert.clone(), key.clone()).require_tls(true);
         }
-        let servers: Vec<ServerAddr> = settings
-            .servers
-            .iter()
-            .filter_map(|url| url.expose().parse().ok())
-            .collect();
+        let servers: Vec<ServerAddr> =
+            settings.servers.iter().filter_map(|url| url.expose().parse().ok()).collect();
         let client = options.connect(servers).await?;
-        Ok(Self {
-            client,
-            connected,
-            lost,
-        })
+        Ok(Self { client, connected, lost })
     }
 
     /// Waits until there is a server.
@@ -130,10 +116,7 @@ impl Connection {
         let round_trip = async {
             // Either failing shows in the timeout or in the lost connection; nothing is left to do.
             let _ = self.client.flush().await;
-            let _ = self
-                .client
-                .request(self.client.new_inbox(), bytes::Bytes::new())
-                .await;
+            let _ = self.client.request(self.client.new_inbox(), bytes::Bytes::new()).await;
         };
         if tokio::time::timeout(patience, round_trip).await.is_err() {
             tracing::warn!("NATS did not confirm the last messages");
@@ -151,22 +134,14 @@ struct StateLog {
 
 impl StateLog {
     fn new(state: watch::Sender<bool>, lost: Arc<AtomicU64>) -> Self {
-        Self {
-            state,
-            complained: false.into(),
-            last_error: Mutex::default(),
-            lost,
-        }
+        Self { state, complained: false.into(), last_error: Mutex::default(), lost }
     }
 
     fn observe(&self, event: &Event) {
         match event {
             Event::Connected => {
                 self.complained.store(false, Ordering::Relaxed);
-                self.last_error
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .clear();
+                self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clear();
                 self.state.send_replace(true);
                 tracing::info!("connected to NATS");
             }
@@ -193,10 +168,7 @@ impl StateLog {
 
     /// The same error again is no news.
     fn error(&self, error: &str) {
-        let mut last = self
-            .last_error
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.last_error.lock().unwrap_or_else(PoisonError::into_inner);
         if *last != error {
             tracing::error!(error, "NATS");
             error.clone_into(&mut last);

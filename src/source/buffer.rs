@@ -66,11 +66,7 @@ impl Buffer {
     /// An empty buffer.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self {
-            limits,
-            state: Mutex::default(),
-            changed: Notify::new(),
-        }
+        Self { limits, state: Mutex::default(), changed: Notify::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -151,9 +147,7 @@ impl Buffer {
     pub fn drain(&self) -> Vec<Message> {
         let mut state = self.state();
         state.bytes = 0;
-        let delayed = std::mem::take(&mut state.delayed)
-            .into_iter()
-            .map(|(_, message)| message);
+        let delayed = std::mem::take(&mut state.delayed).into_iter().map(|(_, message)| message);
         delayed.chain(std::mem::take(&mut state.ready)).collect()
     }
 }
@@ -188,19 +182,13 @@ mod tests {
 
     #[tokio::test]
     async fn messages_and_bytes_are_bounded() {
-        let buffer = Buffer::new(Limits {
-            messages: 2,
-            bytes: usize::MAX,
-        });
+        let buffer = Buffer::new(Limits { messages: 2, bytes: usize::MAX });
         assert!(buffer.push(message("a")).is_ok() && buffer.push(message("b")).is_ok());
         assert!(buffer.push(message("c")).is_err());
         assert_eq!(popped(&buffer).as_deref(), Some(&b"a"[..]));
         assert!(buffer.push(message("c")).is_ok());
 
-        let buffer = Buffer::new(Limits {
-            messages: 9,
-            bytes: 2 * OVERHEAD + 3,
-        });
+        let buffer = Buffer::new(Limits { messages: 9, bytes: 2 * OVERHEAD + 3 });
         assert!(buffer.push(message("abc")).is_ok());
         assert!(buffer.push(message("d")).is_err());
         assert!(buffer.push(message("")).is_ok());
@@ -210,10 +198,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_is_put_back_comes_when_it_is_due_and_first() {
-        let buffer = Buffer::new(Limits {
-            messages: 9,
-            bytes: 9000,
-        });
+        let buffer = Buffer::new(Limits { messages: 9, bytes: 9000 });
         buffer.put_back(message("late"), Duration::from_secs(60));
         buffer.put_back(message("soon"), Duration::from_secs(1));
         assert_eq!(popped(&buffer), None);
@@ -228,10 +213,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_closed_buffer_gives_back_everything() {
-        let buffer = Buffer::new(Limits {
-            messages: 9,
-            bytes: 9000,
-        });
+        let buffer = Buffer::new(Limits { messages: 9, bytes: 9000 });
         assert!(buffer.push(message("a")).is_ok());
         buffer.put_back(message("b"), Duration::from_secs(60));
         buffer.close();

@@ -43,10 +43,8 @@ impl CoreSource {
         queue_group: &str,
         limits: Limits,
     ) -> Result<(Self, mpsc::Receiver<Message>), SubscribeError> {
-        let subscriber = connection
-            .client
-            .queue_subscribe(subject.to_owned(), queue_group.to_owned())
-            .await?;
+        let subscriber =
+            connection.client.queue_subscribe(subject.to_owned(), queue_group.to_owned()).await?;
         let buffer = Arc::new(Buffer::new(limits));
         let (refused, refusals) = mpsc::channel(REFUSED_CAPACITY);
         let closing = CancellationToken::new();
@@ -58,14 +56,7 @@ impl CoreSource {
         };
         let task = tokio::spawn(intake.run(subscriber, closing.clone()));
         let intake = Some(AbortOnDropHandle::new(task));
-        Ok((
-            Self {
-                buffer,
-                intake,
-                closing,
-            },
-            refusals,
-        ))
+        Ok((Self { buffer, intake, closing }, refusals))
     }
 }
 
@@ -73,10 +64,7 @@ impl CoreSource {
 impl Source for CoreSource {
     async fn next(&mut self) -> Delivery {
         let message = self.buffer.pop().await;
-        let settle = Box::new(Requeue {
-            message: message.clone(),
-            buffer: self.buffer.clone(),
-        });
+        let settle = Box::new(Requeue { message: message.clone(), buffer: self.buffer.clone() });
         Delivery { message, settle }
     }
 
@@ -127,8 +115,7 @@ impl Intake {
                 true
             }
         };
-        self.overflow
-            .observe(full, &self.buffer, self.connection.lost());
+        self.overflow.observe(full, &self.buffer, self.connection.lost());
     }
 }
 
@@ -197,10 +184,7 @@ impl Settle for Requeue {
     async fn done(self: Box<Self>) {}
 
     async fn retry(self: Box<Self>, after: Duration) {
-        let Self {
-            mut message,
-            buffer,
-        } = *self;
+        let Self { mut message, buffer } = *self;
         message.attempt += 1;
         buffer.put_back(message, after);
     }

@@ -31,10 +31,7 @@ pub(super) struct Creating<'a>(&'a Turns);
 
 impl Turns {
     pub(super) fn new() -> Self {
-        Self {
-            creating: watch::Sender::new(0),
-            removing: Semaphore::new(1),
-        }
+        Self { creating: watch::Sender::new(0), removing: Semaphore::new(1) }
     }
 
     /// Marks a creation. Never waits.
@@ -46,10 +43,7 @@ impl Turns {
     /// Waits for the turn to remove. Nothing comes back where it did not come in time: then the
     /// removal goes ahead without one.
     pub(super) async fn remove(&self) -> Option<SemaphorePermit<'_>> {
-        let turn = tokio::time::timeout(MAX_QUEUE, self.removing.acquire())
-            .await
-            .ok()?
-            .ok()?;
+        let turn = tokio::time::timeout(MAX_QUEUE, self.removing.acquire()).await.ok()?.ok()?;
         tokio::time::sleep(LINGER).await;
         let mut creating = self.creating.subscribe();
         // Over either way: the wait is a courtesy.
@@ -78,24 +72,12 @@ mod tests {
 
         let second = turns.remove();
         tokio::pin!(second);
-        assert!(
-            tokio::time::timeout(Duration::from_secs(1), &mut second)
-                .await
-                .is_err()
-        );
+        assert!(tokio::time::timeout(Duration::from_secs(1), &mut second).await.is_err());
         let creating = turns.create();
         drop(first);
-        assert!(
-            tokio::time::timeout(MAX_YIELD / 2, &mut second)
-                .await
-                .is_err()
-        );
+        assert!(tokio::time::timeout(MAX_YIELD / 2, &mut second).await.is_err());
         drop(creating);
-        assert!(
-            tokio::time::timeout(MAX_YIELD / 4, &mut second)
-                .await
-                .is_ok()
-        );
+        assert!(tokio::time::timeout(MAX_YIELD / 4, &mut second).await.is_ok());
     }
 
     #[tokio::test(start_paused = true)]
