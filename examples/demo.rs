@@ -37,20 +37,14 @@ async fn main() -> Result<()> {
     let mut results = client.subscribe(format!("{prefix}.results")).await?;
     client.flush().await?;
 
-    let id = format!(
-        "demo-{}",
-        client.new_inbox().rsplit('.').next().unwrap_or_default()
-    );
+    let id = format!("demo-{}", client.new_inbox().rsplit('.').next().unwrap_or_default());
     let request = json!({"id": id, "image_reference": image, "parameter": parameter}).to_string();
     println!("--> {prefix}.execute\n{request}\n");
     publish(&client, format!("{prefix}.execute"), request).await?;
 
     let result = timeout(NO_RESULT, async {
         while let Some(message) = results.next().await {
-            let job = message
-                .headers
-                .as_ref()
-                .and_then(|headers| headers.get("Job-Id"));
+            let job = message.headers.as_ref().and_then(|headers| headers.get("Job-Id"));
             if job.is_some_and(|job| job.as_str() == id) {
                 return Some(message);
             }
@@ -76,10 +70,7 @@ async fn main() -> Result<()> {
 async fn publish(client: &Client, subject: String, request: String) -> Result<()> {
     let start = Instant::now();
     loop {
-        match client
-            .request(subject.clone(), request.clone().into())
-            .await
-        {
+        match client.request(subject.clone(), request.clone().into()).await {
             Err(error) if error.kind() == RequestErrorKind::NoResponders => {
                 if start.elapsed() > NOBODY_LISTENS {
                     bail!("nobody listens on {subject}: is the daemon running, on this server?");
