@@ -7,10 +7,19 @@ set -euo pipefail
 source "$(dirname "$0")/services.sh"
 cd "$ROOT"
 
+LIMIT=40m
 if [[ ${1-} == --long ]]; then
     shift
     export WORKER_SPAWNER_TEST_LONG=1
+    LIMIT=6h
 fi
+
+# A test that hangs ends the run, and the clean-up below is done. Cargo is left out, so that it can say what happened.
+limit_each_program() {
+    local host
+    host="$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')"
+    export "CARGO_TARGET_${host}_RUNNER=timeout --foreground --kill-after=30 $LIMIT"
+}
 
 # Temporary files go to a directory of their own, which must be empty at the end.
 private_temporary_files() {
@@ -30,6 +39,11 @@ remove_test_images() {
     docker image ls -q --filter 'reference=worker-spawner-test/*' | sort -u | xargs -r docker rmi -f >/dev/null
 }
 
+# Control groups are all that outlives the private engines of tests that were killed.
+remove_test_cgroups() {
+    find /sys/fs/cgroup -depth -type d -path '*/worker-spawner-test-*' -exec rmdir {} + 2>/dev/null || true
+}
+
 nothing_new() {
     list_leftovers >"$BEFORE.now"
     NEW="$(comm -13 "$BEFORE" "$BEFORE.now")"
@@ -42,12 +56,14 @@ private_temporary_files
 engine_acquire
 at_exit engine_release
 at_exit remove_test_images
+at_exit remove_test_cgroups
 
 BEFORE="$(mktemp -p /tmp)"
 at_exit "rm -f '$BEFORE' '$BEFORE.now'"
 remove_test_images # of a run that was killed
 list_leftovers >"$BEFORE"
 
+limit_each_program
 say "tests"
 cargo test --workspace --all-features --locked -- "$@"
 if [[ -x scripts/test-clients.sh ]]; then
