@@ -73,5 +73,11 @@ fi
 
 remove_test_images
 # Removal follows the result, so the last container may be going while the tests end.
-wait_until 20 nothing_new || die "the tests left behind:"$'\n'"$NEW"
-say "all tests passed, nothing left behind"
+if wait_until 20 nothing_new; then
+    say "all tests passed, nothing left behind"
+elif engine_is_ours; then
+    die "the tests left behind:"$'\n'"$NEW"
+else
+    # Another daemon may be at work on the same engine; whose this is, only its owner knows.
+    warn "all tests passed; new since they began:"$'\n'"$NEW"
+fi
