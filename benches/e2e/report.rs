@@ -46,31 +46,38 @@ fn goals(out: &mut String, m: &Measured) {
         };
         let _ = writeln!(out, "| {goal} | {limit} | {value} | {verdict} |");
     };
-    let p50 = [
+    // `docker run --rm` has its result when it returns. The floor knows it before its removal, so an idle daemon, which
+    // answers before it removes, is held against that; back to back, where the next job may have to wait for the last
+    // one's removal, whole cycle stands against whole cycle.
+    let against = [
+        ("`docker run --rm`", Contender::Run, 0.45),
         (
-            "p50 against `docker run --rm`, 1 in parallel",
-            Contender::Run,
-            0.45,
-        ),
-        (
-            "p50 against `docker run --rm --network none`, 1 in parallel",
+            "`docker run --rm --network none`",
             Contender::RunNoNetwork,
             0.65,
         ),
-        (
-            "p50 against the floor, 1 in parallel",
-            Contender::Bare,
-            1.05,
-        ),
+        ("the floor", Contender::Bare, 1.05),
     ];
-    for (goal, other, limit) in p50 {
-        let ratio = latency_ratio(m, Contender::Daemon, other, 1);
-        row(
-            goal,
-            format!("≤ {limit}"),
-            show(ratio.as_ref()),
-            ratio.map(|r| r.median <= limit),
-        );
+    for (other, contender, limit) in against {
+        let back_to_back = latency_ratio(m, Contender::Daemon, contender, 1);
+        let idle = if contender == Contender::Bare {
+            ratio(m, Contender::DaemonIdle, contender, 1, |b| {
+                b.to_result.median()
+            })
+        } else {
+            latency_ratio(m, Contender::DaemonIdle, contender, 1)
+        };
+        for (how, ratio) in [
+            ("worker idle before each job", idle),
+            ("back to back", back_to_back),
+        ] {
+            row(
+                &format!("p50 against {other}, 1 in parallel, {how}"),
+                format!("≤ {limit}"),
+                show(ratio.as_ref()),
+                ratio.map(|r| r.median <= limit),
+            );
+        }
     }
     let ratio = throughput_ratio(m, Contender::Daemon, Contender::RunNoNetwork, 8);
     row(
@@ -201,16 +208,15 @@ fn ratios(out: &mut String, m: &Measured) {
             );
         }
     }
-    for other in [Contender::Bare, Contender::BareConfined] {
-        let idle = ratio(m, Contender::DaemonIdle, other, 1, |b| b.to_result.median());
-        if idle.is_some() {
-            let _ = writeln!(
-                out,
-                "| idle daemon against {}, to the result | 1 | {} | – |",
-                name(other),
-                show(idle.as_ref())
-            );
-        }
+    let idle = ratio(m, Contender::DaemonIdle, Contender::BareConfined, 1, |b| {
+        b.to_result.median()
+    });
+    if idle.is_some() {
+        let _ = writeln!(
+            out,
+            "| bare API sequence, confined, to the result (worker idle) | 1 | {} | – |",
+            show(idle.as_ref())
+        );
     }
     let confinement = ratio(m, Contender::BareConfined, Contender::Bare, 1, |b| {
         b.latency.median()
