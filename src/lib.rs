@@ -1,1 +1,40 @@
-//! x
+//! worker-spawner runs containerised functions that are requested over NATS.
+//!
+//! Data flows one way, and a slot is taken before work is:
+//!
+//! ```text
+//!  NATS ──▶ source ──▶ decode ──▶ admission ──▶ runner ──▶ publish ──▶ settle ──▶ clean up
+//!           (core)    (protocol)   (slots)        │ ▲
+//!                                                 ▼ │
+//!                                          backend::Backend
+//!                                     (docker: image · spec · cold)
+//! ```
+//!
+//! Every module below is ignorant of its neighbours; [`app`] alone wires them together.
+//!
+//! | module | owns |
+//! |---|---|
+//! | [`config`] | the settings: parsed, checked, redacted |
+//! | [`job`] | the vocabulary: job, outcome, error codes |
+//! | [`protocol`] | what travels over NATS: requests, outcomes, headers, subjects |
+//! | [`nats`] | the connection and its state |
+//! | [`source`] | where requests come from |
+//! | [`admission`] | slots |
+//! | [`backend`] | what runs a job; [`backend::docker`] is the one there is |
+//! | [`runner`] | one delivery to exactly one outcome |
+//! | [`publish`] | outcomes on their way out |
+//! | [`shutdown`] | signals and the drain's deadline |
+
+pub mod admission;
+pub mod app;
+pub mod backend;
+pub mod capture;
+pub mod config;
+pub mod job;
+pub mod nats;
+pub mod protocol;
+pub mod publish;
+pub mod retry;
+pub mod runner;
+pub mod shutdown;
+pub mod source;

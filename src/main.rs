@@ -1,1 +1,65 @@
-fn main(){}
+//! The daemon's life: settings, log, run, exit code.
+
+use std::process::ExitCode;
+
+use tracing_subscriber::EnvFilter;
+use worker_spawner::app;
+use worker_spawner::config::{Config, EX_CONFIG, LogFormat};
+use worker_spawner::shutdown::Signals;
+
+fn main() -> ExitCode {
+    let config = match Config::from_env() {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("worker-spawner: {error}");
+            return ExitCode::from(EX_CONFIG);
+        }
+    };
+    start_log(&config);
+    // Two libraries bring TLS along; both are to use this implementation of its ciphers.
+    if rustls::crypto::ring::default_provider()
+        .install_default()
+        .is_err()
+    {
+        tracing::debug!("a TLS provider is installed already");
+    }
+    match serve(config) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(config: Config) -> anyhow::Result<u8> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let code = runtime.block_on(async { app::run(config, Signals::install()?).await });
+    // A credential helper that hangs must not keep the process.
+    runtime.shutdown_background();
+    code
+}
+
+fn start_log(config: &Config) {
+    // The client library reports every try to connect; this program reports every change. Who
+    // names the library in the filter gets its own words, too.
+    let quiet = if config.log_filter.contains("async_nats") {
+        ""
+    } else {
+        ",async_nats=error"
+    };
+    let filter = format!("{}{quiet}", config.log_filter);
+    // Checked with the other settings.
+    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match config.log_format {
+        LogFormat::Text => log
+            .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+            .init(),
+        LogFormat::Json => log.json().init(),
+    }
+}

@@ -1,0 +1,465 @@
+//! The wiring: the only place that knows every part.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::admission::Slots;
+use crate::backend::docker::{self, Docker};
+use crate::backend::{Backend, PreflightError};
+use crate::config::{Config, EX_CONFIG};
+use crate::job::{JobError, code};
+use crate::nats::Connection;
+use crate::publish::Publisher;
+use crate::retry::Backoff;
+use crate::runner::{self, Runner};
+use crate::shutdown::{Shutdown, Signals};
+use crate::source::buffer::Limits;
+use crate::source::core::{CoreSource, Once, received};
+use crate::source::{Delivery, Kind, Message, Source};
+
+/// How often a healthy engine is pinged, so that its absence is noticed while nothing runs.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+/// Delays between looks at an engine that is away.
+const ENGINE_RETRY: Backoff = Backoff {
+    first: Duration::from_millis(250),
+    most: Duration::from_secs(5),
+};
+/// Beyond the stopped functions' own grace: time to publish, to remove and to flush.
+const LAST_RITES: Duration = Duration::from_secs(15);
+/// How long a forced end may take to kill and remove what still runs.
+const FORCED_RITES: Duration = Duration::from_secs(5);
+/// `run` requests that may wait for a slot at once; more are told `busy` without a wait.
+const RUN_WAITING: usize = 1024;
+
+/// Room between the socket and the buffer, in messages: enough that the buffer decides what is
+/// refused, not the client library, which would drop silently.
+const SUBSCRIPTION_SLACK: usize = 4096;
+
+/// Runs the daemon until it is told to end. Returns the exit code.
+///
+/// # Errors
+/// The parts cannot be put together; nothing was taken from NATS.
+pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
+    let worker = instance_name();
+    let backend: Arc<dyn Backend> = Arc::new(Docker::new(docker::Options {
+        instance: worker.clone(),
+        images: config.images.clone(),
+        confinement: config.confinement.clone(),
+        call_timeout: config.engine_timeout,
+        stop_grace: config.stop_grace,
+    })?);
+    // An engine that cannot do what the settings ask for is a bad setting; one that is away is not.
+    if let Err(PreflightError::Unfit(why)) = backend.preflight().await {
+        tracing::error!("{why}");
+        return Ok(EX_CONFIG);
+    }
+
+    let subscription_capacity = config.buffer_messages.saturating_add(SUBSCRIPTION_SLACK);
+    let connection = Connection::open(&config.nats, &worker, subscription_capacity).await?;
+    let publisher = Publisher::new(connection.clone(), &config.subjects);
+    let shutdown = Shutdown::default();
+    let (suspicions, suspected) = watch::channel(0);
+    let runner = Arc::new(Runner::new(
+        backend.clone(),
+        publisher,
+        runner_options(&config, &worker),
+        shutdown.clone(),
+        suspicions,
+    ));
+    let daemon = Daemon {
+        runner,
+        slots: Slots::new(config.max_containers),
+        jobs: TaskTracker::new(),
+        shutdown: shutdown.clone(),
+        run_slot_timeout: config.run_slot_timeout,
+    };
+
+    let (source, refused) = CoreSource::subscribe(
+        &connection,
+        &config.subjects.execute,
+        &config.queue_group,
+        Limits {
+            messages: config.buffer_messages,
+            bytes: config.buffer_bytes,
+        },
+    )
+    .await?;
+    let run_requests = connection
+        .client
+        .queue_subscribe(config.subjects.run.clone(), config.queue_group.clone())
+        .await?;
+
+    let (health, engine_up) = watch::channel(Health::Unknown);
+    let background = TaskTracker::new();
+    let ended = CancellationToken::new();
+    let spawn = |task: futures::future::BoxFuture<'static, ()>| {
+        let ended = ended.clone();
+        background.spawn(async move {
+            tokio::select! { () = task => {}, () = ended.cancelled() => {} }
+        });
+    };
+    let (unfit_found, unfit) = oneshot::channel();
+    spawn(Box::pin(watch_engine(
+        backend.clone(),
+        health,
+        suspected,
+        unfit_found,
+    )));
+    spawn(Box::pin(reap(
+        backend.clone(),
+        engine_up.clone(),
+        config.reap_interval,
+    )));
+    spawn(Box::pin(announce(
+        connection.clone(),
+        engine_up.clone(),
+        config.clone(),
+        worker,
+    )));
+    let intake = [
+        tokio::spawn(daemon.clone().execute(source, engine_up.clone())),
+        tokio::spawn(daemon.clone().answer_refused(refused)),
+        tokio::spawn(daemon.clone().run(run_requests, engine_up)),
+    ];
+
+    let exit_code = tokio::select! {
+        exit_code = signals.next() => exit_code,
+        Ok(why) = unfit => { tracing::error!("{why}"); return Ok(EX_CONFIG) }
+    };
+    tracing::info!(
+        running = config.max_containers - daemon.slots.free(),
+        "draining: no more requests are taken"
+    );
+    shutdown.draining.cancel();
+    let drained = daemon.drain(intake, &config);
+    tokio::pin!(drained);
+    let exit_code = tokio::select! {
+        () = &mut drained => 0,
+        _ = signals.next() => {
+            tracing::warn!("told again: killing what still runs");
+            shutdown.stopping.cancel();
+            shutdown.forced.cancel();
+            // Nobody waits for anybody any more; one more signal ends even this.
+            tokio::select! {
+                _ = tokio::time::timeout(FORCED_RITES, &mut drained) => {}
+                _ = signals.next() => {}
+            }
+            exit_code
+        }
+    };
+    ended.cancel();
+    background.close();
+    background.wait().await;
+    let last = async {
+        backend.retire().await;
+        connection.settle(config.publish_timeout).await;
+    };
+    if tokio::time::timeout(LAST_RITES, last).await.is_err() {
+        tracing::warn!("the end took too long");
+    }
+    tracing::info!(exit_code, "stopped");
+    Ok(exit_code)
+}
+
+fn runner_options(config: &Config, worker: &str) -> runner::Options {
+    runner::Options {
+        worker: worker.to_owned(),
+        policy: config.policy.clone(),
+        subjects: config.subjects.clone(),
+        max_attempts: config.max_attempts,
+        output_limit: config.output_limit,
+        stop_grace: config.stop_grace,
+        kill_patience: config.engine_timeout,
+        publish_timeout: config.publish_timeout,
+    }
+}
+
+/// A name no other instance has, that a person can place: the host's, and a part made up.
+fn instance_name() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host: String = host
+        .trim()
+        .chars()
+        .filter(|c| c.is_ascii_alphanumeric() || *c == '-')
+        .take(32)
+        .collect();
+    let unique = uuid::Uuid::now_v7().as_u64_pair().1;
+    format!("{host}-{:08x}", unique & 0xffff_ffff)
+}
+
+/// What is known of the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Health {
+    Unknown,
+    Up,
+    Down,
+}
+
+/// The parts that take work and hand it to the runner.
+#[derive(Clone)]
+struct Daemon {
+    runner: Arc<Runner>,
+    slots: Slots,
+    jobs: TaskTracker,
+    shutdown: Shutdown,
+    run_slot_timeout: Duration,
+}
+
+impl Daemon {
+    /// Runs what `execute` asks for: first a healthy engine, then a slot, then a request.
+    async fn execute(self, mut source: impl Source, mut engine: watch::Receiver<Health>) {
+        loop {
+            let Some(slot) = self
+                .unless_draining(async {
+                    up(&mut engine).await;
+                    self.slots.take().await
+                })
+                .await
+            else {
+                break;
+            };
+            let next = self.unless_draining(async {
+                tokio::select! {
+                    delivery = source.next() => Some(delivery),
+                    // Back to waiting: what is taken now would only fail.
+                    () = down(&mut engine) => None,
+                }
+            });
+            match next.await {
+                Some(Some(delivery)) => self.spawn_job(delivery, slot),
+                Some(None) => {}
+                None => break,
+            }
+        }
+        for message in source.close().await {
+            self.refuse(message, shutting_down());
+        }
+    }
+
+    /// Answers what found the buffer full.
+    async fn answer_refused(self, mut refused: mpsc::Receiver<Message>) {
+        while let Some(message) = refused.recv().await {
+            let error = JobError::new(
+                code::BUFFER_FULL,
+                "this worker has as many requests waiting as it can hold; try again later",
+            );
+            self.runner.refuse(message, error).await;
+        }
+    }
+
+    /// Runs what `run` asks for, or says at once that it cannot.
+    async fn run(self, mut requests: async_nats::Subscriber, engine: watch::Receiver<Health>) {
+        let waiting = Arc::new(Semaphore::new(RUN_WAITING));
+        while let Some(Some(message)) = self.unless_draining(requests.next()).await {
+            let message = received(message, Kind::Run);
+            if *engine.borrow() == Health::Down {
+                let error = JobError::new(
+                    code::ENGINE_UNAVAILABLE,
+                    "the container engine is away; try again later",
+                );
+                self.refuse(message, error);
+                continue;
+            }
+            let busy = || runner::busy(message.kind, self.run_slot_timeout);
+            let Ok(place) = waiting.clone().try_acquire_owned() else {
+                let error = busy();
+                self.refuse(message, error);
+                continue;
+            };
+            let daemon = self.clone();
+            self.jobs.spawn(async move {
+                let patience = daemon.run_slot_timeout;
+                let slot = daemon
+                    .unless_draining(daemon.slots.take_within(patience))
+                    .await;
+                drop(place);
+                match slot {
+                    Some(Some(slot)) => {
+                        let delivery = Delivery {
+                            message,
+                            settle: Box::new(Once),
+                        };
+                        daemon.runner.handle(delivery, slot).await;
+                    }
+                    Some(None) => {
+                        let error = runner::busy(message.kind, patience);
+                        daemon.runner.refuse(message, error).await;
+                    }
+                    None => daemon.runner.refuse(message, shutting_down()).await,
+                }
+            });
+        }
+        // What came in before the end of the subscription is answered, too.
+        if requests.drain().await.is_ok() {
+            while let Some(message) = requests.next().await {
+                self.refuse(received(message, Kind::Run), shutting_down());
+            }
+        }
+    }
+
+    fn spawn_job(&self, delivery: Delivery, slot: crate::admission::Slot) {
+        let runner = self.runner.clone();
+        self.jobs
+            .spawn(async move { runner.handle(delivery, slot).await });
+    }
+
+    fn refuse(&self, message: Message, error: JobError) {
+        let runner = self.runner.clone();
+        self.jobs
+            .spawn(async move { runner.refuse(message, error).await });
+    }
+
+    /// The future's value, or nothing if the drain begins first.
+    async fn unless_draining<T>(&self, future: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            biased;
+            () = self.shutdown.draining.cancelled() => None,
+            value = future => Some(value),
+        }
+    }
+
+    /// Sees every job to its end: by itself within the grace, stopped after it.
+    async fn drain(&self, intake: [tokio::task::JoinHandle<()>; 3], config: &Config) {
+        let all_ended = async {
+            for task in intake {
+                if let Err(error) = task.await {
+                    tracing::error!(%error, "a part of the intake broke down");
+                }
+            }
+            self.jobs.close();
+            self.jobs.wait().await;
+        };
+        tokio::pin!(all_ended);
+        if tokio::time::timeout(config.shutdown_grace, &mut all_ended)
+            .await
+            .is_ok()
+        {
+            return;
+        }
+        tracing::warn!(
+            running = self.slots.total() - self.slots.free(),
+            "SHUTDOWN_GRACE is over: stopping what still runs"
+        );
+        self.shutdown.stopping.cancel();
+        let patience = config.stop_grace + LAST_RITES;
+        if tokio::time::timeout(patience, &mut all_ended)
+            .await
+            .is_err()
+        {
+            tracing::error!(
+                jobs = self.jobs.len(),
+                "jobs are still not done with; their containers are left to the next start"
+            );
+        }
+    }
+}
+
+fn shutting_down() -> JobError {
+    JobError::new(
+        code::SHUTTING_DOWN,
+        "the worker shut down before the function began; send it again",
+    )
+}
+
+async fn up(engine: &mut watch::Receiver<Health>) {
+    if engine
+        .wait_for(|health| *health == Health::Up)
+        .await
+        .is_err()
+    {
+        std::future::pending::<()>().await;
+    }
+}
+
+async fn down(engine: &mut watch::Receiver<Health>) {
+    if engine
+        .wait_for(|health| *health != Health::Up)
+        .await
+        .is_err()
+    {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Keeps looking whether the engine is there: now and then while it is, soon after a suspicion,
+/// and with growing delays while it is away. One log line per change.
+///
+/// An engine that turns out unfit when it first appears ends the daemon, as it would have at the
+/// start; one that comes back unfit is waited for.
+async fn watch_engine(
+    backend: Arc<dyn Backend>,
+    health: watch::Sender<Health>,
+    mut suspected: watch::Receiver<u64>,
+    unfit: oneshot::Sender<String>,
+) {
+    let mut failures = 0;
+    let mut unfit = Some(unfit);
+    loop {
+        let now = match backend.preflight().await {
+            Ok(()) => {
+                unfit = None;
+                Health::Up
+            }
+            Err(error) => {
+                if let PreflightError::Unfit(why) = &error
+                    && let Some(unfit) = unfit.take()
+                {
+                    // Nobody to hear it is the daemon's end, too.
+                    let _ = unfit.send(why.clone());
+                }
+                if *health.borrow() != Health::Down {
+                    tracing::warn!(%error, "the container engine is away; requests wait");
+                }
+                Health::Down
+            }
+        };
+        if health.send_replace(now) == Health::Down && now == Health::Up {
+            tracing::info!("the container engine is back");
+        }
+        failures = if now == Health::Up { 0 } else { failures + 1 };
+        if now == Health::Up {
+            // The sender lives as long as the runner, and so longer than this task.
+            let _ = tokio::time::timeout(PING_INTERVAL, suspected.changed()).await;
+        } else {
+            tokio::time::sleep(ENGINE_RETRY.delay(failures)).await;
+        }
+    }
+}
+
+/// Looks for strays at the start, after every absence of the engine, and at every interval.
+async fn reap(backend: Arc<dyn Backend>, mut engine: watch::Receiver<Health>, interval: Duration) {
+    loop {
+        up(&mut engine).await;
+        if let Err(error) = backend.reap().await {
+            tracing::warn!(%error, "not all stray containers could be removed");
+        }
+        // Whichever comes first: both lead to another look.
+        let _ = tokio::time::timeout(interval, down(&mut engine)).await;
+    }
+}
+
+/// Says once that requests are taken and can be run.
+async fn announce(
+    connection: Connection,
+    mut engine: watch::Receiver<Health>,
+    config: Config,
+    worker: String,
+) {
+    connection.connected().await;
+    // The subscriptions have reached the server when this returns.
+    connection.settle(config.publish_timeout).await;
+    up(&mut engine).await;
+    tracing::info!(
+        worker,
+        subject = config.subjects.execute,
+        queue_group = config.queue_group,
+        max_containers = config.max_containers,
+        "ready"
+    );
+}

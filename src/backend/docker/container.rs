@@ -1,0 +1,375 @@
+//! One container, as the engine's API knows it: each step of its life is a method.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use bollard::container::AttachContainerResults;
+use bollard::errors::Error;
+use bollard::models::ContainerInspectResponse;
+use bollard::query_parameters::{
+    AttachContainerOptions, ContainerArchiveInfoOptions, CreateContainerOptions,
+    InspectContainerOptions, KillContainerOptions, StartContainerOptions, WaitContainerOptions,
+};
+use futures::StreamExt;
+use futures::future::{BoxFuture, FutureExt};
+
+use super::Shared;
+use super::engine::{CallError, Engine};
+use super::image::Image;
+use super::spec::{self, Marks};
+use crate::backend::{CleanupError, Exit, Signal};
+use crate::job::{Failure, Job, JobError, code};
+
+/// When to look again whether an exit with 137 was for want of memory: the kernel's notice and the
+/// exit reach the engine by different ways.
+const OOM_NOTICE_DELAYS: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(150)];
+/// Exit code of a process that SIGKILL ended.
+const KILLED: i64 = 128 + 9;
+/// Slack between a run's own deadline and the label that lets others remove its container.
+const DEADLINE_MARGIN: Duration = Duration::from_secs(60);
+
+/// A container's name, and the engine it is in. The name is known before the container exists, so
+/// that it can be removed even when the call that creates it gets no answer.
+pub(super) struct Container {
+    shared: Arc<Shared>,
+    name: String,
+    /// Whether a signal was asked for: an exit with 137 is then no riddle.
+    signalled: AtomicBool,
+}
+
+impl Container {
+    /// A container that does not exist yet, for the job `id`. The reaper leaves it alone until
+    /// this value is dropped.
+    pub(super) fn new(shared: Arc<Shared>, job: &Job) -> Self {
+        let unique = uuid::Uuid::now_v7().as_u64_pair().1;
+        let name = format!("worker-spawner-{}-{:08x}", job.id, unique & 0xffff_ffff);
+        shared.live().insert(name.clone());
+        Self {
+            shared,
+            name,
+            signalled: false.into(),
+        }
+    }
+
+    fn engine(&self) -> &Engine {
+        &self.shared.engine
+    }
+
+    pub(super) async fn create(&self, job: &Job, image: &Image) -> Result<(), Failure> {
+        let options = &self.shared.options;
+        let lifetime = job.limits.timeout + options.stop_grace + 2 * options.call_timeout;
+        let owner = self.shared.owner.labels();
+        let marks = Marks {
+            instance: &options.instance,
+            owner: &owner,
+            deadline: SystemTime::now() + lifetime + DEADLINE_MARGIN,
+        };
+        let body = spec::create_body(job, image, &options.confinement, marks);
+        let query = CreateContainerOptions {
+            name: Some(self.name.clone()),
+            ..Default::default()
+        };
+        let create = self.engine().docker().create_container(Some(query), body);
+        let created = self.engine().call("create the container", create).await;
+        created.map(|_| ()).map_err(|e| failure(e, job))
+    }
+
+    /// Attaches, then starts: what a function prints in its first milliseconds is lost otherwise.
+    pub(super) async fn start(&self, job: &Job) -> Result<AttachContainerResults, Failure> {
+        let docker = self.engine().docker();
+        let query = AttachContainerOptions {
+            stream: true,
+            stdin: job.stdin.is_some(),
+            stdout: true,
+            stderr: true,
+            ..Default::default()
+        };
+        let attach = docker.attach_container(&self.name, Some(query));
+        let attached = self.engine().call("attach to the container", attach).await;
+        let attached = attached.map_err(|e| failure(e, job))?;
+        let start = docker.start_container(&self.name, None::<StartContainerOptions>);
+        let started = self.engine().call("start the container", start).await;
+        started.map_err(|e| failure(e, job))?;
+        Ok(attached)
+    }
+
+    /// Waits for the container's exit code.
+    ///
+    /// `not-running` returns at once for a container that has ended already; it is asked for only
+    /// after a successful start, since before one it would return at once, too.
+    pub(super) fn exit_code(&self) -> BoxFuture<'static, Result<i64, Failure>> {
+        let (engine, name) = (self.engine().clone(), self.name.clone());
+        async move {
+            let query = WaitContainerOptions {
+                condition: "not-running".to_owned(),
+            };
+            let mut exits = engine.docker().wait_container(&name, Some(query));
+            match exits.next().await {
+                Some(Ok(exit)) => Ok(exit.status_code),
+                // The library's way to say that the code was not 0.
+                Some(Err(Error::DockerContainerWaitError { code, .. })) => Ok(code),
+                Some(Err(Error::DockerResponseServerError {
+                    status_code: 404, ..
+                })) => Err(vanished()),
+                Some(Err(_)) | None => Err(engine_lost()),
+            }
+        }
+        .boxed()
+    }
+
+    pub(super) fn signal(&self, signal: Signal) -> BoxFuture<'static, Result<(), Failure>> {
+        self.signalled.store(true, Ordering::Relaxed);
+        let (engine, name) = (self.engine().clone(), self.name.clone());
+        let signal = match signal {
+            Signal::Term => "SIGTERM",
+            Signal::Kill => "SIGKILL",
+        };
+        async move {
+            let query = KillContainerOptions {
+                signal: signal.to_owned(),
+            };
+            let kill = engine.docker().kill_container(&name, Some(query));
+            match engine.call("signal the container", kill).await {
+                Err(e) if !e.is_not_found() && !e.is_conflict() => Err(e.into()),
+                _ => Ok(()),
+            }
+        }
+        .boxed()
+    }
+
+    pub(super) async fn remove(&self) -> Result<(), CleanupError> {
+        let Err(error) = self.shared.remove(&self.name).await else {
+            return Ok(());
+        };
+        let may_be_running = match self.inspect().await {
+            Ok(inspected) => inspected.state.and_then(|s| s.running).unwrap_or(true),
+            Err(e) => !e.is_not_found(),
+        };
+        Err(CleanupError {
+            message: error.to_string(),
+            may_be_running,
+        })
+    }
+
+    async fn inspect(&self) -> Result<ContainerInspectResponse, CallError> {
+        let docker = self.engine().docker();
+        let inspect = docker.inspect_container(&self.name, None::<InspectContainerOptions>);
+        self.engine().call("inspect the container", inspect).await
+    }
+
+    /// What the engine says of the exit. That it answers at all shows that it was not its own
+    /// end that killed the function.
+    pub(super) async fn explain(
+        &self,
+        code: i64,
+        init_message: Option<&[u8]>,
+    ) -> Result<Exit, Failure> {
+        let gone = |e: CallError| {
+            if e.is_not_found() {
+                vanished()
+            } else {
+                e.into()
+            }
+        };
+        let oom = |i: &ContainerInspectResponse| {
+            i.state.as_ref().and_then(|s| s.oom_killed).unwrap_or(false)
+        };
+        let mut inspected = self.inspect().await.map_err(gone)?;
+        let signalled = self.signalled.load(Ordering::Relaxed);
+        for delay in OOM_NOTICE_DELAYS {
+            if oom(&inspected) || code != KILLED || signalled {
+                break;
+            }
+            tokio::time::sleep(delay).await;
+            inspected = self.inspect().await.map_err(gone)?;
+        }
+        let not_started = self.not_started(code, init_message, &inspected).await;
+        Ok(Exit {
+            code,
+            oom_killed: oom(&inspected),
+            not_started,
+        })
+    }
+
+    /// Whether the exit is the init process' word that it could not execute the command, and not
+    /// the function's own.
+    async fn not_started(
+        &self,
+        code: i64,
+        said: Option<&[u8]>,
+        inspected: &ContainerInspectResponse,
+    ) -> Option<Failure> {
+        let said = said?;
+        let (command, reason) = init_failure(code, said)?;
+        if inspected.path.as_deref() != Some(command) {
+            return None;
+        }
+        // A function can print the same words, but only one whose command is there to be run.
+        if code == 127 && self.has_executable(command, inspected).await {
+            return None;
+        }
+        let (code, what) = match code {
+            126 => (code::COMMAND_NOT_EXECUTABLE, "cannot be executed"),
+            _ => (code::COMMAND_NOT_FOUND, "is not in the image"),
+        };
+        let message = format!("the command {command:?} {what}: {reason}");
+        Some(Failure::Rejected(JobError::new(code, message)))
+    }
+
+    async fn has_executable(&self, command: &str, inspected: &ContainerInspectResponse) -> bool {
+        let config = inspected.config.as_ref();
+        let candidates: Vec<String> = if command.starts_with('/') {
+            vec![command.to_owned()]
+        } else if command.contains('/') {
+            let dir = config
+                .and_then(|c| c.working_dir.as_deref())
+                .unwrap_or_default();
+            vec![format!("{dir}/{command}")]
+        } else {
+            let env = config.and_then(|c| c.env.as_deref()).unwrap_or_default();
+            let path = env.iter().find_map(|v| v.strip_prefix("PATH="));
+            path.unwrap_or(DEFAULT_PATH)
+                .split(':')
+                .map(|dir| format!("{dir}/{command}"))
+                .collect()
+        };
+        let docker = self.engine().docker();
+        for path in candidates {
+            let query = ContainerArchiveInfoOptions { path };
+            let stat = docker.get_container_archive_info(&self.name, Some(query));
+            if self
+                .engine()
+                .call("look for the command", stat)
+                .await
+                .is_ok()
+            {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+impl Drop for Container {
+    /// A container that was not removed is the reaper's from here on.
+    fn drop(&mut self) {
+        self.shared.live().remove(&self.name);
+    }
+}
+
+/// The failure of a run whose engine went away: nothing is known of the function's end.
+pub(super) fn engine_lost() -> Failure {
+    let message = "the engine went away while the function ran";
+    Failure::Transient(JobError::new(code::ENGINE_UNAVAILABLE, message))
+}
+
+fn vanished() -> Failure {
+    let message = "the container was removed by somebody else while it ran";
+    Failure::Transient(JobError::new(code::CONTAINER_VANISHED, message))
+}
+
+/// An engine's refusal to create or start a container, put down to whom it is due to.
+fn failure(error: CallError, job: &Job) -> Failure {
+    match &error {
+        CallError::Refused {
+            status, message, ..
+        } => refusal(*status, message, job).unwrap_or_else(|| error.into()),
+        _ => error.into(),
+    }
+}
+
+/// Where commands are looked for when the image does not say; what engines set then.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Tells what the engine's words mean for a container it will not create or start; nothing where
+/// they mean the engine's own failure.
+fn refusal(status: u16, message: &str, job: &Job) -> Option<Failure> {
+    let lower = message.to_lowercase();
+    let says = |words: &[&str]| words.iter().any(|word| lower.contains(word));
+    let rejected = |code, message: String| Some(Failure::Rejected(JobError::new(code, message)));
+    if says(&[
+        "unable to find user",
+        "unable to find group",
+        "no matching entries in",
+    ]) {
+        let user = job.user.as_deref().unwrap_or_default();
+        return rejected(code::INVALID_USER, format!("user {user:?}: {message}"));
+    }
+    if says(&[
+        "cannot mkdir",
+        "working directory",
+        "chdir to cwd",
+        "mkdir /",
+    ]) {
+        let dir = job.working_dir.as_deref().unwrap_or_default();
+        return rejected(
+            code::INVALID_WORKING_DIR,
+            format!("working_dir {dir:?}: {message}"),
+        );
+    }
+    if says(&[
+        "executable file not found",
+        "stat ",
+        "no such file or directory",
+    ]) && says(&["exec:"])
+    {
+        return rejected(code::COMMAND_NOT_FOUND, message.to_owned());
+    }
+    if says(&["permission denied"]) && says(&["exec:"]) {
+        return rejected(code::COMMAND_NOT_EXECUTABLE, message.to_owned());
+    }
+    if says(&["no command specified"]) {
+        return rejected(code::IMAGE_NO_COMMAND, message.to_owned());
+    }
+    // An image that was removed between its inspection and now is pulled again by a next attempt.
+    if status == 404 && says(&["no such image"]) {
+        return None;
+    }
+    // What remains of the client errors will not be mended by trying again.
+    (400..500)
+        .contains(&status)
+        .then(|| Failure::Permanent(JobError::new(code::CONTAINER_REFUSED, message.to_owned())))
+}
+
+/// The command and the reason, where `said` is nothing but the init process' report that it could
+/// not execute the function: `[FATAL tini (7)] exec COMMAND failed: REASON`.
+fn init_failure(code: i64, said: &[u8]) -> Option<(&str, &str)> {
+    if !matches!(code, 126 | 127) {
+        return None;
+    }
+    let said = std::str::from_utf8(said).ok()?.strip_suffix('\n')?;
+    let (pid, rest) = said.strip_prefix("[FATAL tini (")?.split_once(")] exec ")?;
+    pid.parse::<u32>().ok()?;
+    rest.rsplit_once(" failed: ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_init_process_own_words_are_known() {
+        let not_found = b"[FATAL tini (7)] exec nosuch failed: No such file or directory\n";
+        assert_eq!(
+            init_failure(127, not_found),
+            Some(("nosuch", "No such file or directory"))
+        );
+        assert_eq!(init_failure(1, not_found), None);
+        for said in [
+            &b""[..],
+            b"sh: nosuch: not found\n",
+            b"x[FATAL tini (7)] exec nosuch failed: No such file or directory\n",
+            b"[FATAL tini (7)] exec nosuch failed: No such file or directory\nmore",
+            b"[FATAL tini (x)] exec nosuch failed: No such file or directory\n",
+            b"\xff\n",
+        ] {
+            assert_eq!(
+                init_failure(127, said),
+                None,
+                "{:?}",
+                String::from_utf8_lossy(said)
+            );
+        }
+    }
+}

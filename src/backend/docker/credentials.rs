@@ -1,0 +1,78 @@
+//! The registries' credentials, from the Docker client's configuration and its helpers.
+
+use bollard::auth::DockerCredentials;
+use docker_credential::{CredentialRetrievalError, DockerCredential};
+
+/// The key of the default registry in the configuration file, for historical reasons.
+const DEFAULT_REGISTRY_KEY: &str = "https://index.docker.io/v1/";
+
+/// The credentials for `registry`; none where none are configured.
+///
+/// Reads the file anew, so that a new login needs no restart. A credential helper is a program of
+/// the operator's: it runs on a thread of its own, and the pull's deadline bounds the wait.
+///
+/// # Errors
+/// Says what is wrong with the configuration. No secret is part of it.
+pub(super) async fn lookup(registry: &str) -> Result<Option<DockerCredentials>, String> {
+    let registry = registry.to_owned();
+    let found = tokio::task::spawn_blocking(move || find(&registry)).await;
+    found.unwrap_or_else(|_| Err("looking for the registry's credentials failed".to_owned()))
+}
+
+fn find(registry: &str) -> Result<Option<DockerCredentials>, String> {
+    let keys = match registry {
+        "docker.io" => vec![DEFAULT_REGISTRY_KEY.to_owned()],
+        other => vec![
+            other.to_owned(),
+            format!("https://{other}"),
+            format!("http://{other}"),
+        ],
+    };
+    for key in keys {
+        match docker_credential::get_credential(&key) {
+            Ok(DockerCredential::IdentityToken(token)) => {
+                return Ok(Some(DockerCredentials {
+                    identitytoken: Some(token),
+                    serveraddress: Some(key),
+                    ..DockerCredentials::default()
+                }));
+            }
+            Ok(DockerCredential::UsernamePassword(username, password)) => {
+                return Ok(Some(DockerCredentials {
+                    username: Some(username),
+                    password: Some(password),
+                    serveraddress: Some(key),
+                    ..DockerCredentials::default()
+                }));
+            }
+            Err(
+                CredentialRetrievalError::NoCredentialConfigured
+                | CredentialRetrievalError::ConfigNotFound,
+            ) => {}
+            // The library does not tell a missing file from an unreadable one. Most hosts have
+            // none, and a registry that needs credentials will say so itself.
+            Err(CredentialRetrievalError::ConfigReadError) if !config_file_exists() => {}
+            // Helpers say so when they know no credentials for a server: no error for a public
+            // image. Their words may hold a secret and are not repeated.
+            Err(CredentialRetrievalError::HelperFailure { helper, stdout, .. }) => {
+                if !stdout.contains("credentials not found") {
+                    return Err(format!("{helper} failed for {registry}"));
+                }
+            }
+            Err(CredentialRetrievalError::HelperCommunicationError) => {
+                return Err(format!(
+                    "the credential helper for {registry} cannot be run"
+                ));
+            }
+            Err(other) => return Err(format!("the Docker configuration file: {other}")),
+        }
+    }
+    Ok(None)
+}
+
+fn config_file_exists() -> bool {
+    let dir = std::env::var_os("DOCKER_CONFIG").map(std::path::PathBuf::from);
+    let home = || std::env::var_os("HOME").map(|home| std::path::Path::new(&home).join(".docker"));
+    dir.or_else(home)
+        .is_some_and(|dir| dir.join("config.json").exists())
+}

@@ -1,0 +1,263 @@
+//! Images: allowed or not, present or pulled, one pull at a time for one image.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bollard::errors::Error;
+use bollard::query_parameters::CreateImageOptions;
+use futures::TryStreamExt;
+use futures::future::{BoxFuture, FutureExt, Shared};
+use oci_spec::distribution::Reference;
+
+use super::credentials;
+use super::engine::{CallError, Engine};
+use super::reference::{AllowList, normalise};
+use crate::config::{Images, PullPolicy};
+use crate::job::{Failure, JobError, code};
+
+/// What a container needs to know of its image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Image {
+    /// The content's id: what is run, whatever becomes of the tag meanwhile.
+    pub(super) id: String,
+    /// Paths the image declares as volumes.
+    pub(super) volumes: Vec<String>,
+    /// Whether it names an entry point or a command of its own.
+    pub(super) has_command: bool,
+}
+
+/// The engine's images, and the pulls under way.
+pub(super) struct Store {
+    engine: Engine,
+    allowed: AllowList,
+    policy: PullPolicy,
+    pull_timeout: Duration,
+    pulls: Arc<Mutex<HashMap<String, Pull>>>,
+}
+
+/// A pull under way; all who wait for it get its result.
+type Pull = Shared<BoxFuture<'static, Result<(), Failure>>>;
+
+impl Store {
+    pub(super) fn new(engine: Engine, settings: &Images) -> anyhow::Result<Self> {
+        Ok(Self {
+            engine,
+            allowed: AllowList::new(&settings.allowlist)?,
+            policy: settings.pull_policy,
+            pull_timeout: settings.pull_timeout,
+            pulls: Arc::default(),
+        })
+    }
+
+    /// The image `name`, pulled where the policy says so.
+    pub(super) async fn ensure(&self, name: &str) -> Result<Image, Failure> {
+        let reference = normalise(name).ok_or_else(|| {
+            Failure::Rejected(JobError::new(
+                code::INVALID_FIELD,
+                format!("image_reference: {name:?} is no image reference"),
+            ))
+        })?;
+        let full = reference.whole();
+        if !self.allowed.allows(&full) {
+            return Err(rejected(
+                code::IMAGE_NOT_ALLOWED,
+                format!("{full} matches no pattern of this worker's IMAGE_ALLOWLIST"),
+            ));
+        }
+        if self.policy == PullPolicy::Always {
+            self.pull(&reference).await?;
+        }
+        match self.inspect(&full).await {
+            Err(e) if e.is_not_found() => {}
+            found => return found.map_err(Failure::from),
+        }
+        if self.policy == PullPolicy::Never {
+            return Err(rejected(
+                code::IMAGE_NOT_FOUND,
+                format!("the engine does not have {full}, and this worker's PULL_POLICY is never"),
+            ));
+        }
+        self.pull(&reference).await?;
+        self.inspect(&full).await.map_err(Failure::from)
+    }
+
+    async fn inspect(&self, full: &str) -> Result<Image, CallError> {
+        let image = self
+            .engine
+            .call(
+                "inspect the image",
+                self.engine.docker().inspect_image(full),
+            )
+            .await?;
+        let config = image.config.unwrap_or_default();
+        let given = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|l| !l.is_empty());
+        Ok(Image {
+            has_command: given(&config.entrypoint) || given(&config.cmd),
+            volumes: config.volumes.unwrap_or_default(),
+            // An engine that tells no id is asked for the reference again.
+            id: image.id.unwrap_or_else(|| full.to_owned()),
+        })
+    }
+
+    /// Joins the pull of this reference that is under way, or begins one.
+    ///
+    /// The pull is a task of its own: it goes on when those who wait for it give up.
+    async fn pull(&self, reference: &Reference) -> Result<(), Failure> {
+        let full = reference.whole();
+        let pull = {
+            let mut pulls = self.pulls.lock().unwrap_or_else(PoisonError::into_inner);
+            match pulls.get(&full) {
+                Some(pull) => pull.clone(),
+                None => {
+                    let pull = self.begin(reference.clone());
+                    pulls.insert(full, pull.clone());
+                    pull
+                }
+            }
+        };
+        pull.await
+    }
+
+    fn begin(&self, reference: Reference) -> Pull {
+        let (engine, timeout, pulls) = (self.engine.clone(), self.pull_timeout, self.pulls.clone());
+        let task = tokio::spawn(async move {
+            let full = reference.whole();
+            tracing::info!(image = %full, "pulling image");
+            let result = match tokio::time::timeout(timeout, pull(&engine, &reference)).await {
+                Ok(result) => result,
+                Err(_) => Err(Failure::Permanent(JobError::new(
+                    code::IMAGE_PULL_TIMEOUT,
+                    format!(
+                        "{full} was not pulled within PULL_TIMEOUT, {}",
+                        humantime::format_duration(timeout)
+                    ),
+                ))),
+            };
+            match &result {
+                Ok(()) => tracing::info!(image = %full, "pulled image"),
+                Err(failure) => tracing::warn!(image = %full, %failure, "could not pull image"),
+            }
+            pulls
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .remove(&full);
+            result
+        });
+        let aborted = || JobError::new(code::IMAGE_PULL_FAILED, "the pull was abandoned");
+        async move {
+            task.await
+                .unwrap_or_else(|_| Err(Failure::Transient(aborted())))
+        }
+        .boxed()
+        .shared()
+    }
+}
+
+async fn pull(engine: &Engine, reference: &Reference) -> Result<(), Failure> {
+    let credentials = credentials::lookup(reference.registry())
+        .await
+        .map_err(|why| rejected(code::IMAGE_UNAUTHORIZED, why))?;
+    // The API takes the digest as a tag; where both are given, the digest decides.
+    let options = CreateImageOptions {
+        from_image: Some(format!(
+            "{}/{}",
+            reference.registry(),
+            reference.repository()
+        )),
+        tag: reference.digest().or(reference.tag()).map(str::to_owned),
+        ..CreateImageOptions::default()
+    };
+    engine
+        .docker()
+        .create_image(Some(options), None, credentials)
+        .try_for_each(|_progress| futures::future::ok(()))
+        .await
+        .map_err(|error| classify(&reference.whole(), error))
+}
+
+/// Engines tell registries' answers apart by their words alone. The words are those of the
+/// distribution specification's error codes and of Docker's own pull code.
+fn classify(full: &str, error: Error) -> Failure {
+    let text = match error {
+        Error::DockerResponseServerError { message, .. } => message,
+        Error::DockerStreamError { error } => error,
+        other => {
+            return Failure::Transient(JobError::new(
+                code::ENGINE_UNAVAILABLE,
+                format!("the engine went away while it pulled {full}: {other}"),
+            ));
+        }
+    };
+    let lower = text.to_lowercase();
+    let says = |words: &[&str]| words.iter().any(|word| lower.contains(word));
+    let message = format!("{full}: {text}");
+    // The default registry answers so for a repository that does not exist, too.
+    if says(&[
+        "does not exist",
+        "manifest unknown",
+        "name unknown",
+        "not found",
+        "no such image",
+        "no matching manifest",
+    ]) {
+        rejected(code::IMAGE_NOT_FOUND, message)
+    } else if says(&[
+        "unauthorized",
+        "no basic auth",
+        "authentication required",
+        "denied",
+        "incorrect username",
+    ]) {
+        rejected(code::IMAGE_UNAUTHORIZED, message)
+    } else if says(&["invalid reference"]) {
+        rejected(code::IMAGE_NOT_FOUND, message)
+    } else {
+        Failure::Transient(JobError::new(code::IMAGE_PULL_FAILED, message))
+    }
+}
+
+fn rejected(code: &'static str, message: impl Into<String>) -> Failure {
+    Failure::Rejected(JobError::new(code, message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_of_registries_are_told_apart() {
+        for (text, code) in [
+            (
+                "manifest for x:1 not found: manifest unknown: manifest unknown",
+                code::IMAGE_NOT_FOUND,
+            ),
+            (
+                "pull access denied for x, repository does not exist or may require 'docker login'",
+                code::IMAGE_NOT_FOUND,
+            ),
+            (
+                "Head \"http://x/v2/\": no basic auth credentials",
+                code::IMAGE_UNAUTHORIZED,
+            ),
+            (
+                "Head \"http://x/v2/\": unauthorized: authentication required",
+                code::IMAGE_UNAUTHORIZED,
+            ),
+            (
+                "dial tcp 127.0.0.1:1: connect: connection refused",
+                code::IMAGE_PULL_FAILED,
+            ),
+            (
+                "received unexpected HTTP status: 503 Service Unavailable",
+                code::IMAGE_PULL_FAILED,
+            ),
+        ] {
+            let error = Error::DockerResponseServerError {
+                status_code: 500,
+                message: text.to_owned(),
+            };
+            assert_eq!(classify("x:1", error).error().code, code, "{text}");
+        }
+    }
+}

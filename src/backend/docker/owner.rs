@@ -1,0 +1,416 @@
+//! Whose a container is, and whether that instance still lives.
+//!
+//! An engine keeps no record of its clients, so a container's labels say who made it, in terms
+//! that another instance can check:
+//!
+//! - the process: the kernel's boot id, the PID namespace, the PID and its start time. An observer
+//!   in the same namespace of the same boot can tell for sure.
+//! - the container the process runs in, where that is one of the same engine: the engine can tell
+//!   for sure.
+//! - on an engine that several machines share, a heartbeat: a volume whose label holds the time,
+//!   replaced every [`HEARTBEAT_INTERVAL`].
+//!
+//! Where none of these can tell, a container is left alone until the deadline on its label.
+
+use std::collections::HashMap;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use bollard::models::{ContainerInspectResponse, VolumeCreateRequest};
+use bollard::query_parameters::{InspectContainerOptions, ListVolumesOptions, RemoveVolumeOptions};
+
+use super::engine::Engine;
+
+/// Label: the process that made the container.
+pub(super) const LABEL_OWNER: &str = "worker-spawner.owner";
+/// Label: the container of the process that made the container.
+pub(super) const LABEL_OWNER_CONTAINER: &str = "worker-spawner.owner-container";
+/// Label of a heartbeat: the owner, as in [`LABEL_OWNER`].
+const LABEL_HEARTBEAT: &str = "worker-spawner.heartbeat";
+/// Label of a heartbeat: seconds since the epoch, on the owner's clock.
+const LABEL_BEAT: &str = "worker-spawner.beat";
+
+/// How often an instance on a shared engine says that it lives.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(15);
+/// How old the last heartbeat of a dead instance is: room for clocks a minute apart.
+const HEARTBEAT_EXPIRY: Duration = Duration::from_secs(120);
+
+/// A process, in terms another process of the same machine can check.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Process {
+    boot_id: String,
+    pid_namespace: String,
+    pid: u32,
+    start_ticks: u64,
+}
+
+/// What can be told of an owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Alive,
+    Dead,
+    Unknown,
+}
+
+impl Process {
+    fn this() -> Option<Self> {
+        let pid = std::process::id();
+        let namespace = std::fs::read_link("/proc/self/ns/pid").ok()?;
+        Some(Self {
+            boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+                .ok()?
+                .trim()
+                .to_owned(),
+            pid_namespace: namespace
+                .to_string_lossy()
+                .trim_matches(|c: char| !c.is_ascii_digit())
+                .to_owned(),
+            pid,
+            start_ticks: start_ticks(pid)?,
+        })
+    }
+
+    fn to_label(&self) -> String {
+        let Self {
+            boot_id,
+            pid_namespace,
+            pid,
+            start_ticks,
+        } = self;
+        format!("{boot_id}/{pid_namespace}/{pid}/{start_ticks}")
+    }
+
+    fn from_label(label: &str) -> Option<Self> {
+        let mut parts = label.split('/');
+        let process = Self {
+            boot_id: parts.next()?.to_owned(),
+            pid_namespace: parts.next()?.to_owned(),
+            pid: parts.next()?.parse().ok()?,
+            start_ticks: parts.next()?.parse().ok()?,
+        };
+        parts.next().is_none().then_some(process)
+    }
+
+    /// Whether this process lives, as far as `observer` can tell.
+    fn verdict(&self, observer: &Self) -> Verdict {
+        if self.boot_id != observer.boot_id || self.pid_namespace != observer.pid_namespace {
+            Verdict::Unknown
+        } else if start_ticks(self.pid) == Some(self.start_ticks) {
+            Verdict::Alive
+        } else {
+            Verdict::Dead
+        }
+    }
+}
+
+/// When a process started, in clock ticks since boot: field 22 of proc(5)'s stat. With the PID it
+/// names a process for good, where a PID alone is used again. A zombie has ended.
+fn start_ticks(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is a name in parentheses that may hold anything.
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let fields: Vec<&str> = rest.split(' ').collect();
+    let ended = matches!(fields.first(), Some(&"Z" | &"X"));
+    fields.get(19).filter(|_| !ended)?.parse().ok()
+}
+
+/// The container this process runs in, by the paths the engine mounts into it.
+fn own_container() -> Option<String> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let (_, rest) = mounts.split_once("/containers/")?;
+    let id: String = rest.chars().take_while(char::is_ascii_hexdigit).collect();
+    (id.len() == 64).then_some(id)
+}
+
+/// Who this instance is, for the labels of its containers.
+pub(super) struct Identity {
+    process: Option<Process>,
+    /// This process' container, once the engine has confirmed that it is one of its own.
+    container: OnceLock<String>,
+    /// Names of the two volumes that serve as heartbeats in turn.
+    heartbeats: [String; 2],
+    /// When the last beat was written, in seconds since the epoch.
+    last_beat: AtomicU64,
+}
+
+impl Identity {
+    pub(super) fn of_this_process() -> Self {
+        let id = uuid::Uuid::now_v7().simple().to_string();
+        Self {
+            process: Process::this(),
+            container: OnceLock::new(),
+            heartbeats: [0, 1].map(|n| format!("worker-spawner-heartbeat-{id}-{n}")),
+            last_beat: AtomicU64::new(0),
+        }
+    }
+
+    /// Asks the engine whether this process runs in one of its containers.
+    pub(super) async fn locate(&self, engine: &Engine) {
+        let Some(id) = own_container().filter(|_| self.container.get().is_none()) else {
+            return;
+        };
+        let inspect = engine
+            .docker()
+            .inspect_container(&id, None::<InspectContainerOptions>);
+        if engine
+            .call("inspect the daemon's own container", inspect)
+            .await
+            .is_ok()
+        {
+            // Set by another preflight meanwhile, it is the same.
+            let _ = self.container.set(id);
+        }
+    }
+
+    pub(super) fn labels(&self) -> Vec<(&'static str, String)> {
+        let process = self.process.as_ref().map(|p| (LABEL_OWNER, p.to_label()));
+        let container = self
+            .container
+            .get()
+            .map(|id| (LABEL_OWNER_CONTAINER, id.clone()));
+        process.into_iter().chain(container).collect()
+    }
+
+    /// Says on a shared engine that this instance lives, if it is time. Elsewhere the kernel or the
+    /// engine knows.
+    pub(super) async fn beat(&self, engine: &Engine) {
+        let Some(process) = self.process.as_ref().filter(|_| engine.is_remote()) else {
+            return;
+        };
+        let now = seconds(SystemTime::now());
+        if now.saturating_sub(self.last_beat.load(Ordering::Relaxed)) < HEARTBEAT_INTERVAL.as_secs()
+        {
+            return;
+        }
+        let turn = usize::from((now / HEARTBEAT_INTERVAL.as_secs()) % 2 == 1);
+        // The older of the two is replaced while the other still stands.
+        self.remove_heartbeat(engine, turn).await;
+        let request = VolumeCreateRequest {
+            name: Some(self.heartbeats[turn].clone()),
+            labels: Some(HashMap::from([
+                (LABEL_HEARTBEAT.to_owned(), process.to_label()),
+                (LABEL_BEAT.to_owned(), now.to_string()),
+            ])),
+            ..VolumeCreateRequest::default()
+        };
+        let created = engine
+            .call("write a heartbeat", engine.docker().create_volume(request))
+            .await;
+        match created {
+            Ok(_) => self.last_beat.store(now, Ordering::Relaxed),
+            Err(error) => {
+                tracing::warn!(%error, "no heartbeat: neighbours may take this instance for dead");
+            }
+        }
+    }
+
+    /// Takes the heartbeat back at the end of the instance's life.
+    pub(super) async fn withdraw(&self, engine: &Engine) {
+        if engine.is_remote() {
+            self.remove_heartbeat(engine, 0).await;
+            self.remove_heartbeat(engine, 1).await;
+        }
+    }
+
+    async fn remove_heartbeat(&self, engine: &Engine, turn: usize) {
+        remove_volume(engine, &self.heartbeats[turn]).await;
+    }
+
+    /// Whether the owner of a container with these labels still lives.
+    pub(super) async fn verdict(
+        &self,
+        engine: &Engine,
+        labels: &HashMap<String, String>,
+        created: SystemTime,
+        heartbeats: &Heartbeats,
+    ) -> Verdict {
+        let owner = labels.get(LABEL_OWNER).and_then(|l| Process::from_label(l));
+        if let (Some(owner), Some(observer)) = (&owner, &self.process) {
+            match owner.verdict(observer) {
+                Verdict::Unknown => {}
+                told => return told,
+            }
+        }
+        if let Some(id) = labels.get(LABEL_OWNER_CONTAINER) {
+            let inspect = engine
+                .docker()
+                .inspect_container(id, None::<InspectContainerOptions>);
+            match engine.call("inspect an owner's container", inspect).await {
+                Ok(inspected) => return container_verdict(&inspected, created),
+                // It was one of this engine's when the label was written.
+                Err(e) if e.is_not_found() => return Verdict::Dead,
+                Err(_) => return Verdict::Unknown,
+            }
+        }
+        owner.map_or(Verdict::Unknown, |owner| heartbeats.verdict(&owner))
+    }
+}
+
+/// An owner whose container stopped, or was started again after the job's was made, is dead.
+fn container_verdict(inspected: &ContainerInspectResponse, created: SystemTime) -> Verdict {
+    let state = inspected.state.as_ref();
+    let running = state.and_then(|s| s.running).unwrap_or(false);
+    let started: Option<jiff::Timestamp> = state
+        .and_then(|s| s.started_at.as_deref())
+        .and_then(|at| at.parse().ok());
+    match started {
+        _ if !running => Verdict::Dead,
+        Some(started) if SystemTime::from(started) > created => Verdict::Dead,
+        _ => Verdict::Alive,
+    }
+}
+
+/// The heartbeats on an engine.
+#[derive(Debug, Default)]
+pub(super) struct Heartbeats {
+    /// Each owner's last beat, in seconds since the epoch.
+    last: HashMap<Process, u64>,
+    now: u64,
+}
+
+impl Heartbeats {
+    /// Reads the engine's heartbeats, and removes those long gone silent.
+    pub(super) async fn read(engine: &Engine) -> Self {
+        let mut beats = Self {
+            now: seconds(SystemTime::now()),
+            ..Self::default()
+        };
+        if !engine.is_remote() {
+            return beats;
+        }
+        let filters = HashMap::from([("label".to_owned(), vec![LABEL_HEARTBEAT.to_owned()])]);
+        let query = ListVolumesOptions {
+            filters: Some(filters),
+        };
+        let listed = engine
+            .call("list heartbeats", engine.docker().list_volumes(Some(query)))
+            .await;
+        for volume in listed.ok().and_then(|l| l.volumes).unwrap_or_default() {
+            let owner = volume
+                .labels
+                .get(LABEL_HEARTBEAT)
+                .and_then(|l| Process::from_label(l));
+            let beat = volume
+                .labels
+                .get(LABEL_BEAT)
+                .and_then(|b| b.parse::<u64>().ok());
+            let Some((owner, beat)) = owner.zip(beat) else {
+                continue;
+            };
+            // Kept for as long as containers of that owner may be judged by it.
+            if beats.now.saturating_sub(beat) > 100 * HEARTBEAT_EXPIRY.as_secs() {
+                remove_volume(engine, &volume.name).await;
+            }
+            let last = beats.last.entry(owner).or_default();
+            *last = beat.max(*last);
+        }
+        beats
+    }
+
+    fn verdict(&self, owner: &Process) -> Verdict {
+        match self.last.get(owner) {
+            None => Verdict::Unknown,
+            Some(beat) if self.now.saturating_sub(*beat) > HEARTBEAT_EXPIRY.as_secs() => {
+                Verdict::Dead
+            }
+            Some(_) => Verdict::Alive,
+        }
+    }
+}
+
+async fn remove_volume(engine: &Engine, name: &str) {
+    let remove = engine
+        .docker()
+        .remove_volume(name, None::<RemoveVolumeOptions>);
+    if let Err(error) = engine.call("remove a heartbeat", remove).await
+        && !error.is_not_found()
+    {
+        tracing::debug!(%error, "a heartbeat stays behind");
+    }
+}
+
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_label_names_a_process() {
+        let this = Process::this().unwrap();
+        assert_eq!(Process::from_label(&this.to_label()), Some(this));
+        for bad in ["", "a/b/c/d", "a/b/1", "a/b/1/2/3"] {
+            assert_eq!(Process::from_label(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_process_is_judged_by_start_time_and_namespace() {
+        let this = Process::this().unwrap();
+        assert_eq!(this.verdict(&this), Verdict::Alive);
+        let reused = Process {
+            start_ticks: this.start_ticks + 1,
+            ..this.clone()
+        };
+        assert_eq!(reused.verdict(&this), Verdict::Dead);
+        for other in [
+            Process {
+                boot_id: "other".to_owned(),
+                ..this.clone()
+            },
+            Process {
+                pid_namespace: "1".to_owned(),
+                ..this.clone()
+            },
+        ] {
+            assert_eq!(other.verdict(&this), Verdict::Unknown);
+        }
+    }
+
+    #[test]
+    fn a_dead_process_is_dead() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let this = Process::this().unwrap();
+        let owner = Process {
+            pid: child.id(),
+            start_ticks: start_ticks(child.id()).unwrap(),
+            ..this.clone()
+        };
+        assert_eq!(owner.verdict(&this), Verdict::Alive);
+        child.kill().unwrap();
+        // Dead already as a zombie, before anybody waits for it.
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        while owner.verdict(&this) == Verdict::Alive && std::time::Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        assert_eq!(owner.verdict(&this), Verdict::Dead);
+        child.wait().unwrap();
+        assert_eq!(owner.verdict(&this), Verdict::Dead);
+    }
+
+    #[test]
+    fn heartbeats_expire() {
+        let owner = Process::this().unwrap();
+        let expiry = HEARTBEAT_EXPIRY.as_secs();
+        for (age, verdict) in [
+            (0, Verdict::Alive),
+            (expiry, Verdict::Alive),
+            (expiry + 1, Verdict::Dead),
+        ] {
+            let beats = Heartbeats {
+                last: HashMap::from([(owner.clone(), 1000)]),
+                now: 1000 + age,
+            };
+            assert_eq!(beats.verdict(&owner), verdict, "{age} s old");
+        }
+        assert_eq!(Heartbeats::default().verdict(&owner), Verdict::Unknown);
+    }
+}

@@ -1,0 +1,134 @@
+//! What runs a job: the seam between the runner and an engine.
+//!
+//! A backend is chosen at run time. Nothing outside this module's children knows an engine's types.
+
+pub mod docker;
+
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use crate::capture::Stream;
+use crate::job::{Failure, Job, StartKind};
+
+/// An engine that runs functions in containers. Shared by all jobs of an instance.
+#[async_trait]
+pub trait Backend: Send + Sync + 'static {
+    /// Checks that the engine answers and can do what the settings ask for.
+    ///
+    /// # Errors
+    /// [`PreflightError::Unavailable`] may pass; [`PreflightError::Unfit`] will not.
+    async fn preflight(&self) -> Result<(), PreflightError>;
+
+    /// A run of `job`, not yet begun. Allocates nothing in the engine.
+    fn prepare(&self, job: Job) -> Box<dyn Run>;
+
+    /// Removes what dead instances left in the engine, and what this one lost track of. Never
+    /// touches what belongs to a live instance.
+    ///
+    /// # Errors
+    /// Says what could not be looked at or removed; the rest was.
+    async fn reap(&self) -> anyhow::Result<()>;
+
+    /// Withdraws what this instance keeps in the engine for its own sake, at the end of its life.
+    async fn retire(&self);
+}
+
+/// One run of one job, from its start to its clean-up.
+///
+/// The owner calls [`Run::start`], then [`Run::next`] until it yields an exit or fails, and in
+/// every case, also when `start` failed or was dropped half-way, [`Run::cleanup`] until it
+/// succeeds. Dropping a run leaves its container to the reaper.
+#[async_trait]
+pub trait Run: Send {
+    /// Makes the image available and starts the function.
+    ///
+    /// # Errors
+    /// Says whether the request or the infrastructure is at fault.
+    async fn start(&mut self) -> Result<Started, Failure>;
+
+    /// The next thing that happens. Cancel-safe. Output must be taken promptly: a program whose
+    /// output nobody takes stands still.
+    ///
+    /// # Errors
+    /// The run was lost: its output or its exit cannot be known.
+    async fn next(&mut self) -> Result<Event, Failure>;
+
+    /// Asks the engine to signal the function. A function that is gone already is no error.
+    ///
+    /// The future owns what it needs, so that output can be taken while it is under way.
+    fn signal(&self, signal: Signal) -> futures::future::BoxFuture<'static, Result<(), Failure>>;
+
+    /// Removes the container with everything that belongs to it, whatever state it is in.
+    /// Idempotent; to be called again after a failure.
+    ///
+    /// # Errors
+    /// Says whether something of the job may still be running.
+    async fn cleanup(&mut self) -> Result<(), CleanupError>;
+}
+
+/// What came of a start.
+#[derive(Clone, Copy, Debug)]
+pub struct Started {
+    /// Created for this job, or taken from a pool.
+    pub kind: StartKind,
+    /// When the function started.
+    pub at: SystemTime,
+    /// Finding the image, and pulling it where that was needed.
+    pub pull: Duration,
+    /// Creating the container.
+    pub create: Duration,
+    /// Attaching to it and starting it.
+    pub start: Duration,
+}
+
+/// Something that happened in a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The function printed something.
+    Output(Stream, Bytes),
+    /// The function ended; nothing follows.
+    Exited(Exit),
+}
+
+/// How a function ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// Its exit code; 128 + n for signal n.
+    pub code: i64,
+    /// Whether the kernel killed a process of it for want of memory.
+    pub oom_killed: bool,
+    /// Set where the function never began: its command could not be executed.
+    pub not_started: Option<Failure>,
+}
+
+/// A signal to a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// Ask it to end.
+    Term,
+    /// End it.
+    Kill,
+}
+
+/// Why an engine cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PreflightError {
+    /// It does not answer. That may pass.
+    #[error("{0}")]
+    Unavailable(String),
+    /// It cannot do what the settings ask for. That will not pass by waiting.
+    #[error("{0}")]
+    Unfit(String),
+}
+
+/// Why a clean-up did not succeed.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct CleanupError {
+    /// What went wrong.
+    pub message: String,
+    /// Whether the function may still be running, and so still takes its slot.
+    pub may_be_running: bool,
+}

@@ -1,0 +1,151 @@
+//! What a function prints: kept byte for byte up to a limit per stream, counted beyond it.
+
+use bytes::Bytes;
+
+/// One of a program's output streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// Collects a function's output as it arrives.
+///
+/// Memory is bounded: at most `limit` bytes per stream are kept, whatever arrives. Bytes past the
+/// limit are dropped and counted, and the function goes on.
+#[derive(Debug)]
+pub struct Capture {
+    limit: usize,
+    captured: Captured,
+}
+
+/// What was kept of a function's output.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Captured {
+    /// The first bytes of standard output.
+    pub stdout: Vec<u8>,
+    /// The first bytes of standard error.
+    pub stderr: Vec<u8>,
+    /// Bytes of standard output that were dropped.
+    pub stdout_dropped: u64,
+    /// Bytes of standard error that were dropped.
+    pub stderr_dropped: u64,
+    /// The order in which the kept bytes arrived: runs of one stream, with their lengths.
+    order: Vec<(Stream, usize)>,
+}
+
+impl Capture {
+    /// A capture that keeps `limit` bytes of each stream.
+    #[must_use]
+    pub fn new(limit: usize) -> Self {
+        Self {
+            limit,
+            captured: Captured::default(),
+        }
+    }
+
+    /// Takes a chunk that arrived on `stream`.
+    pub fn push(&mut self, stream: Stream, chunk: &[u8]) {
+        let c = &mut self.captured;
+        let (kept, dropped) = match stream {
+            Stream::Stdout => (&mut c.stdout, &mut c.stdout_dropped),
+            Stream::Stderr => (&mut c.stderr, &mut c.stderr_dropped),
+        };
+        let room = self.limit.saturating_sub(kept.len()).min(chunk.len());
+        *dropped += (chunk.len() - room) as u64;
+        if room == 0 {
+            return;
+        }
+        kept.extend_from_slice(&chunk[..room]);
+        match c.order.last_mut() {
+            Some((last, length)) if *last == stream => *length += room,
+            _ => c.order.push((stream, room)),
+        }
+    }
+
+    /// Ends the capture.
+    #[must_use]
+    pub fn finish(self) -> Captured {
+        self.captured
+    }
+}
+
+impl Captured {
+    /// Both streams in the order they arrived, at most `limit` bytes, and whether anything was
+    /// cut off here.
+    #[must_use]
+    pub fn interleaved(&self, limit: usize) -> (Bytes, bool) {
+        let total = self.stdout.len() + self.stderr.len();
+        let mut body = Vec::with_capacity(total.min(limit));
+        let (mut out, mut err) = (self.stdout.as_slice(), self.stderr.as_slice());
+        for &(stream, length) in &self.order {
+            let rest = match stream {
+                Stream::Stdout => &mut out,
+                Stream::Stderr => &mut err,
+            };
+            let (run, tail) = rest.split_at(length);
+            *rest = tail;
+            let room = limit - body.len();
+            body.extend_from_slice(&run[..run.len().min(room)]);
+            if run.len() > room {
+                break;
+            }
+        }
+        (Bytes::from(body), total > limit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn capture(limit: usize, chunks: &[(Stream, &str)]) -> Captured {
+        let mut capture = Capture::new(limit);
+        for (stream, chunk) in chunks {
+            capture.push(*stream, chunk.as_bytes());
+        }
+        capture.finish()
+    }
+
+    #[test]
+    fn streams_are_kept_apart_and_in_order() {
+        let c = capture(
+            100,
+            &[
+                (Stream::Stdout, "a"),
+                (Stream::Stderr, "B"),
+                (Stream::Stdout, "c"),
+                (Stream::Stdout, "d"),
+            ],
+        );
+        assert_eq!(
+            (c.stdout.as_slice(), c.stderr.as_slice()),
+            (&b"acd"[..], &b"B"[..])
+        );
+        assert_eq!(c.interleaved(100), (Bytes::from_static(b"aBcd"), false));
+        assert_eq!(c.interleaved(3), (Bytes::from_static(b"aBc"), true));
+        assert_eq!(c.interleaved(4), (Bytes::from_static(b"aBcd"), false));
+    }
+
+    #[test]
+    fn what_is_past_the_limit_is_counted_per_stream() {
+        let c = capture(
+            3,
+            &[
+                (Stream::Stdout, "abcd"),
+                (Stream::Stderr, "xy"),
+                (Stream::Stdout, "e"),
+            ],
+        );
+        assert_eq!((c.stdout.as_slice(), c.stdout_dropped), (&b"abc"[..], 2));
+        assert_eq!((c.stderr.as_slice(), c.stderr_dropped), (&b"xy"[..], 0));
+        assert_eq!(c.interleaved(9), (Bytes::from_static(b"abcxy"), false));
+    }
+
+    #[test]
+    fn nothing_printed_is_an_empty_body() {
+        assert_eq!(capture(3, &[]).interleaved(0), (Bytes::new(), false));
+    }
+}

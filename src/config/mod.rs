@@ -1,0 +1,369 @@
+//! The settings: read from the environment, all of them parsed before any error is reported.
+//!
+//! [`settings::SETTINGS`] is the one list of names, defaults and descriptions; `.env.example` and
+//! the README's table are checked against it.
+
+mod parse;
+mod secret;
+pub mod settings;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::protocol::Subjects;
+use parse::Problems;
+pub use secret::Secret;
+
+/// Exit code of a start with bad settings: `EX_CONFIG` of BSD's sysexits.h.
+pub const EX_CONFIG: u8 = 78;
+
+/// Everything an operator can set.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// How NATS is reached.
+    pub nats: Nats,
+    /// The subjects, from `SUBJECT_PREFIX`.
+    pub subjects: Subjects,
+    /// `QUEUE_GROUP`: instances of one group share the requests.
+    pub queue_group: String,
+    /// `DELIVERY`: where requests come from.
+    pub delivery: Delivery,
+    /// `MAX_CONTAINERS`: how many functions run at once.
+    pub max_containers: usize,
+    /// `MAX_DELIVER`: how many attempts a job has when the infrastructure fails it.
+    pub max_attempts: u32,
+    /// `BUFFER_MESSAGES`: requests that may wait in memory.
+    pub buffer_messages: usize,
+    /// `BUFFER_BYTES`: bytes of requests that may wait in memory.
+    pub buffer_bytes: usize,
+    /// `RUN_SLOT_TIMEOUT`: how long a `run` request waits for a slot before it is told `busy`.
+    pub run_slot_timeout: Duration,
+    /// `PUBLISH_TIMEOUT`: how long publishing may delay the clean-up.
+    pub publish_timeout: Duration,
+    /// What requests may ask for.
+    pub policy: Policy,
+    /// Images: when to pull them, which are allowed.
+    pub images: Images,
+    /// How a function is confined.
+    pub confinement: Confinement,
+    /// `OUTPUT_LIMIT`: bytes kept of each output stream.
+    pub output_limit: usize,
+    /// `STOP_GRACE`: from TERM to KILL.
+    pub stop_grace: Duration,
+    /// `SHUTDOWN_GRACE`: how long running functions may go on after SIGTERM.
+    pub shutdown_grace: Duration,
+    /// `ENGINE_TIMEOUT`: how long one call to the engine may take.
+    pub engine_timeout: Duration,
+    /// `REAP_INTERVAL`: how often containers of dead instances are looked for.
+    pub reap_interval: Duration,
+    /// `LOG_FORMAT`.
+    pub log_format: LogFormat,
+    /// `RUST_LOG`, checked when the log starts.
+    pub log_filter: String,
+}
+
+/// How NATS is reached.
+#[derive(Clone, Debug)]
+pub struct Nats {
+    /// `NATS_URL`, one entry a server. A URL may hold a password, hence secret.
+    pub servers: Vec<Secret>,
+    /// `NATS_CREDS_FILE`: a decentralised account's credentials.
+    pub creds_file: Option<PathBuf>,
+    /// The seed in `NATS_NKEY_SEED_FILE`.
+    pub nkey_seed: Option<Secret>,
+    /// `NATS_USER` and `NATS_PASSWORD`.
+    pub user: Option<(String, Secret)>,
+    /// `NATS_TOKEN`.
+    pub token: Option<Secret>,
+    /// `NATS_TLS_CA`: a PEM file of certificate authorities, beside the system's.
+    pub tls_ca: Option<PathBuf>,
+    /// `NATS_TLS_CERT` and `NATS_TLS_KEY`: PEM files for a server that verifies its clients.
+    pub tls_client: Option<(PathBuf, PathBuf)>,
+}
+
+/// Where requests come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// The best the server offers.
+    Auto,
+    /// A queue-group subscription: at most once between publisher and daemon.
+    Core,
+}
+
+/// The shape of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Lines for people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// What requests may ask for, and what they get when they do not.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Policy {
+    /// `DEFAULT_TIMEOUT`.
+    pub default_timeout: Duration,
+    /// `MAX_TIMEOUT`.
+    pub max_timeout: Duration,
+    /// `MEMORY_LIMIT`: the default and the maximum, in bytes.
+    pub memory_bytes: u64,
+    /// `CPU_LIMIT`: the default and the maximum, in processors.
+    pub cpus: f64,
+    /// `PIDS_LIMIT`: the default and the maximum.
+    pub pids: u64,
+    /// `CONTAINER_NETWORK`: for requests that name none.
+    pub network: String,
+    /// `ALLOWED_NETWORKS`: what a request may name.
+    pub allowed_networks: Vec<String>,
+    /// `REPLY_PREFIXES`: what `reply_to` may begin with, beside `_INBOX.`.
+    pub reply_prefixes: Vec<String>,
+}
+
+/// When to pull an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PullPolicy {
+    /// When the engine does not have it.
+    Missing,
+    /// Before every job.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// Images: when to pull them, which are allowed.
+#[derive(Clone, Debug)]
+pub struct Images {
+    /// `PULL_POLICY`.
+    pub pull_policy: PullPolicy,
+    /// `PULL_TIMEOUT`.
+    pub pull_timeout: Duration,
+    /// `IMAGE_ALLOWLIST`: glob patterns; empty allows all.
+    pub allowlist: Vec<String>,
+}
+
+/// How a function is confined.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Confinement {
+    /// `CONTAINER_USER`: for requests that name none. Absent: the image's own.
+    pub user: Option<String>,
+    /// `CONTAINER_RUNTIME`: an OCI runtime the engine knows. Absent: the engine's default.
+    pub runtime: Option<String>,
+    /// `READONLY_ROOTFS`.
+    pub readonly_rootfs: bool,
+    /// `TMPFS_SIZE`: bytes of /tmp, and of each tmpfs that covers an image's volume.
+    pub tmpfs_bytes: u64,
+}
+
+/// The settings that were wrong, one line each.
+#[derive(Debug)]
+pub struct ConfigError {
+    problems: Vec<String>,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bad setting(s):", self.problems.len())?;
+        for problem in &self.problems {
+            write!(f, "\n  {problem}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+/// The settings as text, before they mean anything. A field per setting, by its name.
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(test, derive(serde::Serialize))]
+#[serde(default)]
+struct Raw {
+    nats_url: Option<String>,
+    nats_creds_file: Option<String>,
+    nats_nkey_seed_file: Option<String>,
+    nats_user: Option<String>,
+    nats_password: Option<String>,
+    nats_token: Option<String>,
+    nats_tls_ca: Option<String>,
+    nats_tls_cert: Option<String>,
+    nats_tls_key: Option<String>,
+    max_containers: Option<String>,
+    subject_prefix: Option<String>,
+    queue_group: Option<String>,
+    delivery: Option<String>,
+    max_deliver: Option<String>,
+    buffer_messages: Option<String>,
+    buffer_bytes: Option<String>,
+    run_slot_timeout: Option<String>,
+    publish_timeout: Option<String>,
+    reply_prefixes: Option<String>,
+    pull_policy: Option<String>,
+    pull_timeout: Option<String>,
+    image_allowlist: Option<String>,
+    default_timeout: Option<String>,
+    max_timeout: Option<String>,
+    memory_limit: Option<String>,
+    cpu_limit: Option<String>,
+    pids_limit: Option<String>,
+    output_limit: Option<String>,
+    container_network: Option<String>,
+    allowed_networks: Option<String>,
+    container_user: Option<String>,
+    container_runtime: Option<String>,
+    readonly_rootfs: Option<String>,
+    tmpfs_size: Option<String>,
+    stop_grace: Option<String>,
+    shutdown_grace: Option<String>,
+    engine_timeout: Option<String>,
+    reap_interval: Option<String>,
+    log_format: Option<String>,
+    rust_log: Option<String>,
+    docker_host: Option<String>,
+    docker_tls_verify: Option<String>,
+    docker_cert_path: Option<String>,
+    docker_config: Option<String>,
+}
+
+impl Config {
+    /// Reads the settings from the process' environment.
+    ///
+    /// # Errors
+    /// Names every setting that is wrong, with what was expected.
+    pub fn from_env() -> Result<Self, ConfigError> {
+        // A variable that is no Unicode cannot be one of ours, except by mistake: it is passed on
+        // with the bad bytes replaced, so that the parser names it.
+        Self::from_vars(std::env::vars_os().map(|(name, value)| {
+            (
+                name.to_string_lossy().into_owned(),
+                value.to_string_lossy().into_owned(),
+            )
+        }))
+    }
+
+    /// Reads the settings from these variables. An empty value is an unset one.
+    ///
+    /// # Errors
+    /// Names every setting that is wrong, with what was expected.
+    pub fn from_vars(
+        vars: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, ConfigError> {
+        let ours = vars.into_iter().filter(|(name, value)| {
+            !value.trim().is_empty() && settings::SETTINGS.iter().any(|s| s.name == name)
+        });
+        let raw: Raw = envy::from_iter(ours).map_err(|e| ConfigError {
+            problems: vec![e.to_string()],
+        })?;
+        let mut problems = Problems::default();
+        let config = Self::from_raw(raw, &mut problems);
+        match problems.into_lines() {
+            lines if lines.is_empty() => Ok(config),
+            problems => Err(ConfigError { problems }),
+        }
+    }
+
+    /// Every field gets a value, the default's where the given one is wrong, so that one pass
+    /// finds all problems. The result counts only where there is none.
+    fn from_raw(raw: Raw, p: &mut Problems) -> Self {
+        let nats = Nats {
+            servers: p.servers("NATS_URL", raw.nats_url),
+            creds_file: p.readable_file("NATS_CREDS_FILE", raw.nats_creds_file),
+            nkey_seed: p.nkey_seed("NATS_NKEY_SEED_FILE", raw.nats_nkey_seed_file),
+            user: p
+                .pair(
+                    "NATS_USER",
+                    raw.nats_user,
+                    "NATS_PASSWORD",
+                    raw.nats_password,
+                )
+                .map(|(user, password)| (user, Secret::new(password))),
+            token: raw.nats_token.map(Secret::new),
+            tls_ca: p.readable_file("NATS_TLS_CA", raw.nats_tls_ca),
+            tls_client: p
+                .pair(
+                    "NATS_TLS_CERT",
+                    raw.nats_tls_cert,
+                    "NATS_TLS_KEY",
+                    raw.nats_tls_key,
+                )
+                .and_then(|(cert, key)| {
+                    let cert = p.readable_file("NATS_TLS_CERT", Some(cert));
+                    cert.zip(p.readable_file("NATS_TLS_KEY", Some(key)))
+                }),
+        };
+        p.at_most_one(&[
+            ("NATS_CREDS_FILE", nats.creds_file.is_some()),
+            ("NATS_NKEY_SEED_FILE", nats.nkey_seed.is_some()),
+            ("NATS_USER", nats.user.is_some()),
+            ("NATS_TOKEN", nats.token.is_some()),
+        ]);
+        p.docker_host("DOCKER_HOST", raw.docker_host);
+
+        let policy = Policy {
+            default_timeout: p.duration("DEFAULT_TIMEOUT", raw.default_timeout),
+            max_timeout: p.duration("MAX_TIMEOUT", raw.max_timeout),
+            memory_bytes: p.size("MEMORY_LIMIT", raw.memory_limit, 6 << 20),
+            cpus: p.cpus("CPU_LIMIT", raw.cpu_limit),
+            pids: p.number("PIDS_LIMIT", raw.pids_limit, 1..=4_194_304),
+            network: p.network("CONTAINER_NETWORK", raw.container_network),
+            allowed_networks: p.networks("ALLOWED_NETWORKS", raw.allowed_networks),
+            reply_prefixes: p.reply_prefixes("REPLY_PREFIXES", raw.reply_prefixes),
+        };
+        if policy.default_timeout > policy.max_timeout {
+            p.say("DEFAULT_TIMEOUT", "must not be longer than MAX_TIMEOUT");
+        }
+
+        Self {
+            nats,
+            subjects: Subjects::new(&p.subject("SUBJECT_PREFIX", raw.subject_prefix)),
+            queue_group: p.subject("QUEUE_GROUP", raw.queue_group),
+            delivery: p.choice(
+                "DELIVERY",
+                raw.delivery,
+                &[("auto", Delivery::Auto), ("core", Delivery::Core)],
+            ),
+            max_containers: p.number("MAX_CONTAINERS", raw.max_containers, 1..=10_000),
+            max_attempts: p.number("MAX_DELIVER", raw.max_deliver, 1..=1_000),
+            buffer_messages: p.number("BUFFER_MESSAGES", raw.buffer_messages, 1..=10_000_000),
+            buffer_bytes: p.size("BUFFER_BYTES", raw.buffer_bytes, 1 << 10),
+            run_slot_timeout: p.duration("RUN_SLOT_TIMEOUT", raw.run_slot_timeout),
+            publish_timeout: p.duration("PUBLISH_TIMEOUT", raw.publish_timeout),
+            policy,
+            images: Images {
+                pull_policy: p.choice(
+                    "PULL_POLICY",
+                    raw.pull_policy,
+                    &[
+                        ("missing", PullPolicy::Missing),
+                        ("always", PullPolicy::Always),
+                        ("never", PullPolicy::Never),
+                    ],
+                ),
+                pull_timeout: p.duration("PULL_TIMEOUT", raw.pull_timeout),
+                allowlist: p.globs("IMAGE_ALLOWLIST", raw.image_allowlist),
+            },
+            confinement: Confinement {
+                user: raw.container_user,
+                runtime: raw.container_runtime,
+                readonly_rootfs: p.boolean("READONLY_ROOTFS", raw.readonly_rootfs),
+                tmpfs_bytes: p.size("TMPFS_SIZE", raw.tmpfs_size, 1 << 12),
+            },
+            output_limit: p.size("OUTPUT_LIMIT", raw.output_limit, 0),
+            stop_grace: p.duration("STOP_GRACE", raw.stop_grace),
+            shutdown_grace: p.duration("SHUTDOWN_GRACE", raw.shutdown_grace),
+            engine_timeout: p.nonzero_duration("ENGINE_TIMEOUT", raw.engine_timeout),
+            reap_interval: p.nonzero_duration("REAP_INTERVAL", raw.reap_interval),
+            log_format: p.choice(
+                "LOG_FORMAT",
+                raw.log_format,
+                &[("text", LogFormat::Text), ("json", LogFormat::Json)],
+            ),
+            log_filter: p.log_filter("RUST_LOG", raw.rust_log),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

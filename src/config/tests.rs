@@ -1,0 +1,175 @@
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::collections::BTreeSet;
+
+use super::settings::SETTINGS;
+use super::*;
+
+fn config(vars: &[(&str, &str)]) -> Result<Config, ConfigError> {
+    Config::from_vars(vars.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())))
+}
+
+fn problems(vars: &[(&str, &str)]) -> Vec<String> {
+    config(vars).expect_err("these settings are wrong").problems
+}
+
+#[test]
+fn the_documented_defaults_are_the_defaults() {
+    let explicit: Vec<_> = SETTINGS
+        .iter()
+        .filter(|s| !s.default.is_empty())
+        .map(|s| (s.name, s.default))
+        .collect();
+    let (explicit, implicit) = (config(&explicit).unwrap(), config(&[]).unwrap());
+    assert_eq!(format!("{explicit:?}"), format!("{implicit:?}"));
+    assert_eq!(implicit.max_containers, 5);
+    assert_eq!(implicit.policy.memory_bytes, 512 << 20);
+    assert_eq!(implicit.policy.default_timeout, Duration::from_secs(300));
+    assert_eq!(implicit.output_limit, 512 << 10);
+    assert!(implicit.confinement.readonly_rootfs);
+}
+
+#[test]
+fn every_field_read_is_a_documented_setting() {
+    let raw = serde_json::to_value(Raw::default()).unwrap();
+    let fields: BTreeSet<String> = raw
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(|k| k.to_uppercase())
+        .collect();
+    let documented: BTreeSet<String> = SETTINGS.iter().map(|s| s.name.to_owned()).collect();
+    assert_eq!(fields, documented);
+}
+
+#[test]
+fn the_example_file_holds_every_setting_with_its_default() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/.env.example");
+    let example = std::fs::read_to_string(path).unwrap();
+    let wanted: String = SETTINGS
+        .iter()
+        .map(|s| {
+            let comment = if s.default.is_empty() { "# " } else { "" };
+            format!("\n# {}\n{comment}{}={}\n", s.help, s.name, s.default)
+        })
+        .collect();
+    let (_, settings) = example.split_once("\n\n").unwrap();
+    assert_eq!(
+        format!("\n{settings}"),
+        wanted,
+        "\n.env.example should end with:\n{wanted}"
+    );
+}
+
+#[test]
+fn the_readme_lists_every_setting_with_its_default() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md");
+    let readme = std::fs::read_to_string(path).unwrap();
+    for s in SETTINGS {
+        let default = if s.default.is_empty() {
+            "–".to_owned()
+        } else {
+            format!("`{}`", s.default)
+        };
+        let row = format!(
+            "| `{}` | {default} | {} |",
+            s.name,
+            s.help.replace('|', "\\|")
+        );
+        assert!(readme.contains(&row), "README.md lacks the row\n{row}");
+    }
+}
+
+#[test]
+fn all_bad_values_are_named_at_once() {
+    let found = problems(&[
+        ("MAX_CONTAINERS", "zero"),
+        ("MEMORY_LIMIT", "lots"),
+        ("DEFAULT_TIMEOUT", "300"),
+        ("PULL_POLICY", "sometimes"),
+        ("READONLY_ROOTFS", "maybe"),
+        ("SUBJECT_PREFIX", "a b"),
+        ("NATS_TLS_CA", "/no/such/file"),
+        ("DOCKER_HOST", "localhost"),
+    ]);
+    let named: BTreeSet<&str> = found.iter().map(|l| l.split(':').next().unwrap()).collect();
+    let wanted = BTreeSet::from([
+        "MAX_CONTAINERS",
+        "MEMORY_LIMIT",
+        "DEFAULT_TIMEOUT",
+        "PULL_POLICY",
+        "READONLY_ROOTFS",
+        "SUBJECT_PREFIX",
+        "NATS_TLS_CA",
+        "DOCKER_HOST",
+    ]);
+    assert_eq!(named, wanted, "{found:#?}");
+}
+
+#[test]
+fn a_bad_value_says_what_was_expected() {
+    for (name, value, expected) in [
+        ("MAX_CONTAINERS", "0", "whole number from 1 to 10000"),
+        ("CPU_LIMIT", "NaN", "number of processors"),
+        ("MEMORY_LIMIT", "1KiB", "at least 6291456 bytes"),
+        ("MAX_TIMEOUT", "9999y", "a year at most"),
+        ("DEFAULT_TIMEOUT", "2h", "not be longer than MAX_TIMEOUT"),
+        ("ENGINE_TIMEOUT", "0s", "longer than zero"),
+        ("DELIVERY", "pigeon", "one of auto, core"),
+        ("SUBJECT_PREFIX", "functions.>", "without spaces"),
+        ("REPLY_PREFIXES", "$JS.API", "such as team.replies"),
+        ("CONTAINER_NETWORK", "container:abc", "a network's name"),
+        ("IMAGE_ALLOWLIST", "a[", "glob patterns"),
+        ("NATS_URL", ",", "at least one server"),
+        ("NATS_USER", "me", "NATS_PASSWORD: must be set too"),
+        ("NATS_TLS_KEY", "/k", "NATS_TLS_CERT: must be set too"),
+        ("RUST_LOG", "worker_spawner=loud", "log filter"),
+    ] {
+        let found = problems(&[(name, value)]);
+        assert!(
+            found.len() == 1 && found[0].contains(expected),
+            "{name}={value}: expected {expected:?} in {found:?}"
+        );
+    }
+}
+
+#[test]
+fn an_empty_value_is_an_unset_one() {
+    let config = config(&[
+        ("MAX_CONTAINERS", ""),
+        ("NATS_TOKEN", " "),
+        ("CONTAINER_USER", ""),
+    ]);
+    let config = config.unwrap();
+    assert_eq!(config.max_containers, 5);
+    assert!(config.nats.token.is_none() && config.confinement.user.is_none());
+}
+
+#[test]
+fn secrets_reach_no_debug_output_and_no_error() {
+    let config = config(&[
+        ("NATS_URL", "nats://me:hunter2@localhost:4222"),
+        ("NATS_TOKEN", "hunter2"),
+    ]);
+    let shown = format!("{:?}", config.unwrap());
+    assert!(
+        !shown.contains("hunter2") && shown.contains("[redacted]"),
+        "{shown}"
+    );
+    let found = problems(&[
+        ("NATS_URL", "ftp://me:hunter2@[bad"),
+        ("NATS_TOKEN", "hunter2"),
+        ("NATS_USER", "me"),
+        ("NATS_PASSWORD", "hunter2"),
+    ]);
+    assert!(
+        found.len() == 2 && !format!("{found:?}").contains("hunter2"),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn reply_prefixes_end_between_tokens() {
+    let config = config(&[("REPLY_PREFIXES", "a, b.c.>,d.")]).unwrap();
+    assert_eq!(config.policy.reply_prefixes, ["a.", "b.c.", "d."]);
+}

@@ -1,0 +1,73 @@
+//! The headers of a message on the results subject.
+
+use crate::job::{JobId, Outcome};
+
+/// The job's id.
+pub const JOB_ID: &str = "Job-Id";
+/// What became of it.
+pub const JOB_STATUS: &str = "Job-Status";
+/// The exit code, where the function ended.
+pub const JOB_EXIT_CODE: &str = "Job-Exit-Code";
+/// The image, as the request named it.
+pub const JOB_IMAGE: &str = "Job-Image";
+/// The error's code, where there is an error.
+pub const JOB_ERROR: &str = "Job-Error";
+/// Which attempt this was, from 1.
+pub const JOB_ATTEMPT: &str = "Job-Attempt";
+/// Milliseconds from receipt to outcome.
+pub const JOB_DURATION_MS: &str = "Job-Duration-Ms";
+/// `true` where bytes of the output are missing from the body, else `false`.
+pub const JOB_OUTPUT_TRUNCATED: &str = "Job-Output-Truncated";
+/// What NATS deduplicates by: the job's id.
+pub const NATS_MSG_ID: &str = "Nats-Msg-Id";
+
+/// The headers of `outcome`, in order. Every value is one line of printable text.
+#[must_use]
+pub fn of(outcome: &Outcome, truncated: bool) -> Vec<(&'static str, String)> {
+    let mut headers = vec![
+        (JOB_ID, outcome.id.to_string()),
+        (JOB_STATUS, outcome.status.to_string()),
+        (JOB_ATTEMPT, outcome.attempt.to_string()),
+        (JOB_OUTPUT_TRUNCATED, truncated.to_string()),
+        (NATS_MSG_ID, deduplication_id(&outcome.id)),
+    ];
+    let mut optional = |name, value: Option<String>| {
+        headers.extend(value.map(|value| (name, one_line(&value))));
+    };
+    optional(
+        JOB_EXIT_CODE,
+        outcome.exit_code.map(|code| code.to_string()),
+    );
+    optional(JOB_IMAGE, outcome.image.clone());
+    optional(
+        JOB_ERROR,
+        outcome.error.as_ref().map(|e| e.code.to_string()),
+    );
+    optional(
+        JOB_DURATION_MS,
+        outcome.timings.total.map(|d| d.as_millis().to_string()),
+    );
+    headers
+}
+
+/// Outcomes of one job carry one id, whoever publishes them and however often.
+fn deduplication_id(id: &JobId) -> String {
+    id.to_string()
+}
+
+/// The bytes these headers take in a message: NATS' own framing, as its client protocol says.
+#[must_use]
+pub fn encoded_length(headers: &[(&'static str, String)]) -> usize {
+    let lines: usize = headers
+        .iter()
+        .map(|(name, value)| name.len() + value.len() + 4)
+        .sum();
+    "NATS/1.0\r\n".len() + lines + "\r\n".len()
+}
+
+fn one_line(value: &str) -> String {
+    value
+        .chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
+}

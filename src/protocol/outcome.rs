@@ -1,0 +1,296 @@
+//! An outcome on the wire: the results message and the JSON reply, each within the server's limit.
+
+use std::time::{Duration, SystemTime};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use bytes::Bytes;
+use serde::Serialize;
+
+use super::headers;
+use crate::job::{JobError, Outcome, Status};
+
+/// A message on the results subject.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResultMessage {
+    /// Its headers.
+    pub headers: Vec<(&'static str, String)>,
+    /// The raw output, or the error's message for a job that never ran.
+    pub body: Bytes,
+}
+
+/// The results message of `outcome`, at most `limit` bytes with its headers. The body is cut and
+/// flagged where it would not fit.
+#[must_use]
+pub fn result_message(outcome: &Outcome, limit: usize) -> ResultMessage {
+    let output = &outcome.output;
+    let dropped = output.stdout_dropped + output.stderr_dropped > 0;
+    // `false` is the longer word, so the length computed with it is enough for both.
+    let room = limit.saturating_sub(headers::encoded_length(&headers::of(outcome, false)));
+    let (body, cut) = match &outcome.error {
+        Some(error) if outcome.started_at.is_none() => {
+            let message = prefix_within(&error.message, room, |_| 0);
+            (
+                Bytes::copy_from_slice(message.as_bytes()),
+                message.len() < error.message.len(),
+            )
+        }
+        _ => output.interleaved(room),
+    };
+    ResultMessage {
+        headers: headers::of(outcome, cut || dropped),
+        body,
+    }
+}
+
+/// Why an outcome cannot be sent as JSON.
+#[derive(Debug, thiserror::Error)]
+pub enum EncodeError {
+    /// Even without output it does not fit.
+    #[error("the outcome needs {needed} bytes without its output; the server takes {limit}")]
+    TooLarge {
+        /// The bytes it needs.
+        needed: usize,
+        /// The bytes the server takes.
+        limit: usize,
+    },
+    /// It is no JSON: a defect of this program.
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+}
+
+/// `outcome` as JSON, at most `limit` bytes. Output that would not fit is cut and flagged: the
+/// smaller stream is kept whole where that is possible.
+///
+/// # Errors
+/// Says when even an outcome without output would not fit.
+pub fn json(outcome: &Outcome, limit: usize) -> Result<Bytes, EncodeError> {
+    let (stdout, stderr) = (
+        Text::of(&outcome.output.stdout, outcome.output.stdout_dropped > 0),
+        Text::of(&outcome.output.stderr, outcome.output.stderr_dropped > 0),
+    );
+    let whole = serde_json::to_vec(&Wire::of(outcome, &stdout, &stderr))?;
+    if whole.len() <= limit {
+        return Ok(whole.into());
+    }
+    let bare = serde_json::to_vec(&Wire::of(outcome, &stdout.cut(0), &stderr.cut(0)))?.len();
+    let Some(room) = limit.checked_sub(bare) else {
+        return Err(EncodeError::TooLarge {
+            needed: bare,
+            limit,
+        });
+    };
+    let (out, err) = (stdout.encoded_length(), stderr.encoded_length());
+    let half = room / 2;
+    let (for_out, for_err) = match (out <= half, err <= half) {
+        (true, _) => (out, room - out),
+        (_, true) => (room - err, err),
+        (false, false) => (half, half),
+    };
+    let (stdout, stderr) = (stdout.cut(for_out), stderr.cut(for_err));
+    Ok(serde_json::to_vec(&Wire::of(outcome, &stdout, &stderr))?.into())
+}
+
+/// A stream of output as JSON carries it.
+#[derive(Debug, PartialEq, Eq)]
+struct Text {
+    text: String,
+    encoding: &'static str,
+    truncated: bool,
+}
+
+impl Text {
+    /// UTF-8 as it is, anything else in base64. A character that the output limit cut in two does
+    /// not make a text binary: its first half is dropped.
+    fn of(bytes: &[u8], truncated: bool) -> Self {
+        let utf8 = match std::str::from_utf8(bytes) {
+            Ok(text) => Some(text),
+            Err(e) if truncated && e.error_len().is_none() => {
+                std::str::from_utf8(&bytes[..e.valid_up_to()]).ok()
+            }
+            Err(_) => None,
+        };
+        match utf8 {
+            Some(text) => Self {
+                text: text.to_owned(),
+                encoding: "utf8",
+                truncated,
+            },
+            None => Self {
+                text: BASE64.encode(bytes),
+                encoding: "base64",
+                truncated,
+            },
+        }
+    }
+
+    fn encoded_length(&self) -> usize {
+        self.text
+            .chars()
+            .map(|c| c.len_utf8() + extra_json_bytes(c))
+            .sum()
+    }
+
+    /// The first part of it that takes at most `room` bytes in JSON.
+    fn cut(&self, room: usize) -> Self {
+        let kept = prefix_within(&self.text, room, extra_json_bytes);
+        // Base64 is decodable only in groups of four.
+        let length = if self.encoding == "base64" {
+            kept.len() / 4 * 4
+        } else {
+            kept.len()
+        };
+        Self {
+            text: self.text[..length].to_owned(),
+            encoding: self.encoding,
+            truncated: self.truncated || length < self.text.len(),
+        }
+    }
+}
+
+/// How many bytes more than its own a character takes in a JSON string, as serde_json writes it.
+fn extra_json_bytes(c: char) -> usize {
+    match c {
+        '"' | '\\' | '\n' | '\r' | '\t' | '\u{8}' | '\u{c}' => 1,
+        '\0'..='\u{1f}' => 5,
+        _ => 0,
+    }
+}
+
+/// The longest prefix of `text` whose characters, each with its extra bytes, take at most `room`.
+fn prefix_within(text: &str, room: usize, extra: impl Fn(char) -> usize) -> &str {
+    let mut used = 0;
+    for (at, c) in text.char_indices() {
+        used += c.len_utf8() + extra(c);
+        if used > room {
+            return &text[..at];
+        }
+    }
+    text
+}
+
+/// The JSON of an outcome. What is not known is absent.
+#[derive(Serialize)]
+struct Wire<'a> {
+    id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    image: Option<&'a str>,
+    status: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exit_code: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    signal: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<WireError<'a>>,
+    stdout: &'a str,
+    stderr: &'a str,
+    stdout_encoding: &'static str,
+    stderr_encoding: &'static str,
+    stdout_truncated: bool,
+    stderr_truncated: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    oom_killed: Option<bool>,
+    attempt: u32,
+    worker: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    start: Option<&'static str>,
+    queued_at: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    started_at: Option<String>,
+    finished_at: String,
+    timings_ms: WireTimings,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<WireUsage>,
+}
+
+#[derive(Serialize)]
+struct WireError<'a> {
+    code: &'a str,
+    message: &'a str,
+}
+
+#[derive(Serialize)]
+struct WireTimings {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    queue: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pull: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    create: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    start: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    run: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    total: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct WireUsage {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cpu_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_peak_bytes: Option<u64>,
+}
+
+impl<'a> Wire<'a> {
+    fn of(outcome: &'a Outcome, stdout: &'a Text, stderr: &'a Text) -> Self {
+        let (t, u) = (&outcome.timings, &outcome.usage);
+        let error = |e: &'a JobError| WireError {
+            code: &e.code,
+            message: &e.message,
+        };
+        Self {
+            id: outcome.id.as_str(),
+            image: outcome.image.as_deref(),
+            status: Status::as_str(outcome.status),
+            exit_code: outcome.exit_code,
+            signal: outcome.signal(),
+            error: outcome.error.as_ref().map(error),
+            stdout: &stdout.text,
+            stderr: &stderr.text,
+            stdout_encoding: stdout.encoding,
+            stderr_encoding: stderr.encoding,
+            stdout_truncated: stdout.truncated,
+            stderr_truncated: stderr.truncated,
+            oom_killed: outcome.oom_killed,
+            attempt: outcome.attempt,
+            worker: &outcome.worker,
+            start: outcome.start.map(crate::job::StartKind::as_str),
+            queued_at: rfc3339(outcome.queued_at),
+            started_at: outcome.started_at.map(rfc3339),
+            finished_at: rfc3339(outcome.finished_at),
+            timings_ms: WireTimings {
+                queue: t.queue.map(ms),
+                pull: t.pull.map(ms),
+                create: t.create.map(ms),
+                start: t.start.map(ms),
+                run: t.run.map(ms),
+                total: t.total.map(ms),
+            },
+            usage: (u.cpu.is_some() || u.memory_peak_bytes.is_some()).then(|| WireUsage {
+                cpu_ms: u.cpu.map(ms),
+                memory_peak_bytes: u.memory_peak_bytes,
+            }),
+        }
+    }
+}
+
+/// Milliseconds, to the microsecond.
+fn ms(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// RFC 3339 in UTC, to the microsecond.
+#[must_use]
+pub fn rfc3339(time: SystemTime) -> String {
+    match jiff::Timestamp::try_from(time) {
+        Ok(timestamp) => format!("{timestamp:.6}"),
+        // Only a clock set tens of thousands of years off gets here.
+        Err(_) => "1970-01-01T00:00:00Z".to_owned(),
+    }
+}
+
+#[cfg(test)]
+#[path = "outcome_tests.rs"]
+mod tests;

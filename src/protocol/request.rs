@@ -1,0 +1,418 @@
+//! From a message's bytes to a job, or to a refusal that names every field at fault.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde_json::{Map, Value};
+
+use super::Subjects;
+use crate::config::Policy;
+use crate::job::{Job, JobError, JobId, Limits, code};
+
+/// The prefix of container labels that belong to the daemon.
+pub const RESERVED_LABEL_PREFIX: &str = "worker-spawner.";
+
+/// The longest image reference, in bytes: beyond what any registry takes.
+const MAX_IMAGE_LENGTH: usize = 512;
+
+/// The fields of a request. Anything else is refused, so that a slip of the pen is no silent
+/// change of meaning.
+const FIELDS: &[&str] = &[
+    "image_reference",
+    "parameter",
+    "id",
+    "env",
+    "stdin",
+    "working_dir",
+    "user",
+    "timeout_ms",
+    "memory_bytes",
+    "cpus",
+    "pids",
+    "network",
+    "labels",
+    "reply_to",
+];
+
+/// A request that can be run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// What to run.
+    pub job: Job,
+    /// Where the outcome goes as well. Checked.
+    pub reply_to: Option<String>,
+}
+
+/// A request that cannot be run, with what is known of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Refusal {
+    /// The job's id: the request's own where that is valid.
+    pub id: JobId,
+    /// The image, where the request named one.
+    pub image: Option<String>,
+    /// Where the outcome goes as well, where the request named an allowed subject.
+    pub reply_to: Option<String>,
+    /// Every field at fault.
+    pub error: JobError,
+}
+
+/// Decodes a request.
+///
+/// `message_id` is the message's `Nats-Msg-Id`; `fallback_id` serves where neither it nor the body
+/// names the job.
+///
+/// # Errors
+/// Names every field at fault and says what would be right.
+pub fn decode(
+    payload: &[u8],
+    message_id: Option<&str>,
+    fallback_id: impl FnOnce() -> JobId,
+    policy: &Policy,
+    subjects: &Subjects,
+) -> Result<Request, Box<Refusal>> {
+    let outer_id = move || message_id.map_or_else(fallback_id, JobId::from_message_id);
+    let object = match parse(payload) {
+        Ok(object) => object,
+        Err(error) => {
+            return Err(Box::new(Refusal {
+                id: outer_id(),
+                image: None,
+                reply_to: None,
+                error,
+            }));
+        }
+    };
+    let mut fields = Fields {
+        object,
+        faults: Vec::new(),
+    };
+
+    let id = fields.take("id", |v| {
+        text(v)?.parse::<JobId>().map_err(|e| e.to_string())
+    });
+    let reply_to = fields.take("reply_to", |v| {
+        let subject = text(v)?;
+        match subjects.check_reply_to(&subject, &policy.reply_prefixes) {
+            Ok(()) => Ok(subject),
+            Err(why) => Err(format!("{subject:?} {why}")),
+        }
+    });
+    let image = fields.take("image_reference", image_reference);
+    if image.is_none() && !fields.faulty("image_reference") {
+        fields.fault(
+            "image_reference",
+            "is required, such as \"python:3.11-slim\"",
+        );
+    }
+    let args = fields.take("parameter", arguments).unwrap_or_default();
+    let env = fields
+        .take("env", |v| map(v, check_variable))
+        .unwrap_or_default();
+    let labels = fields
+        .take("labels", |v| map(v, check_label))
+        .unwrap_or_default();
+    let stdin = fields.take("stdin", |v| text(v).map(Bytes::from));
+    let working_dir = fields.take("working_dir", working_dir);
+    let user = fields.take("user", user);
+    let network = fields.take("network", |v| {
+        let name = text(v)?;
+        if name == policy.network || policy.allowed_networks.contains(&name) {
+            Ok(name)
+        } else {
+            Err(format!(
+                "{name:?} is not one of this worker's ALLOWED_NETWORKS: {}",
+                policy.allowed_networks.join(", ")
+            ))
+        }
+    });
+    let limits = Limits {
+        timeout: fields
+            .take("timeout_ms", |v| {
+                whole(v, 1, millis(policy.max_timeout), "MAX_TIMEOUT").map(Duration::from_millis)
+            })
+            .unwrap_or(policy.default_timeout),
+        memory_bytes: fields
+            .take("memory_bytes", |v| {
+                whole(v, MIN_MEMORY_BYTES, policy.memory_bytes, "MEMORY_LIMIT")
+            })
+            .unwrap_or(policy.memory_bytes),
+        cpus: fields
+            .take("cpus", |v| cpus(v, policy.cpus))
+            .unwrap_or(policy.cpus),
+        pids: fields
+            .take("pids", |v| whole(v, 1, policy.pids, "PIDS_LIMIT"))
+            .unwrap_or(policy.pids),
+    };
+
+    let (image, error) = match (fields.into_error(), image) {
+        (None, Some(image)) => {
+            let job = Job {
+                id: id.unwrap_or_else(outer_id),
+                image,
+                args,
+                env,
+                stdin,
+                working_dir,
+                user,
+                network: network.unwrap_or_else(|| policy.network.clone()),
+                labels,
+                limits,
+            };
+            return Ok(Request { job, reply_to });
+        }
+        (Some(error), image) => (image, error),
+        (None, None) => (
+            None,
+            JobError::new(code::INVALID_FIELD, "image_reference: is required"),
+        ),
+    };
+    Err(Box::new(Refusal {
+        id: id.unwrap_or_else(outer_id),
+        image,
+        reply_to,
+        error,
+    }))
+}
+
+/// The least memory an engine takes: runc refuses to start a container with less than 6 MiB.
+const MIN_MEMORY_BYTES: u64 = 6 << 20;
+
+fn parse(payload: &[u8]) -> Result<Map<String, Value>, JobError> {
+    match serde_json::from_slice(payload) {
+        Ok(Value::Object(object)) => Ok(object),
+        Ok(other) => Err(JobError::new(
+            code::INVALID_JSON,
+            format!("the request must be a JSON object, not {}", kind(&other)),
+        )),
+        Err(e) => Err(JobError::new(
+            code::INVALID_JSON,
+            format!("the request is not JSON: {e}"),
+        )),
+    }
+}
+
+/// The request's fields while they are taken out one by one.
+struct Fields {
+    object: Map<String, Value>,
+    faults: Vec<(String, String)>,
+}
+
+impl Fields {
+    /// Takes the field out. Absent and null are the same. A fault is noted, and yields nothing.
+    fn take<T>(&mut self, name: &str, read: impl FnOnce(Value) -> Result<T, String>) -> Option<T> {
+        debug_assert!(FIELDS.contains(&name));
+        let value = self.object.remove(name).filter(|v| !v.is_null())?;
+        match read(value) {
+            Ok(value) => Some(value),
+            Err(why) => {
+                self.fault(name, &why);
+                None
+            }
+        }
+    }
+
+    fn fault(&mut self, name: &str, why: &str) {
+        self.faults.push((name.to_owned(), why.to_owned()));
+    }
+
+    fn faulty(&self, name: &str) -> bool {
+        self.faults.iter().any(|(faulty, _)| faulty == name)
+    }
+
+    /// What is at fault, with every field nobody took.
+    fn into_error(mut self) -> Option<JobError> {
+        for name in std::mem::take(&mut self.object).keys() {
+            let shown: String = name.chars().take(64).collect();
+            let why = format!(
+                "is no field of a request; the fields are {}",
+                FIELDS.join(", ")
+            );
+            self.fault(&shown, &why);
+        }
+        if self.faults.is_empty() {
+            return None;
+        }
+        // A request with thousands of wrong fields needs no message of that length.
+        let lines: Vec<String> = self
+            .faults
+            .iter()
+            .take(8)
+            .map(|(name, why)| format!("{name}: {why}"))
+            .collect();
+        Some(JobError::new(code::INVALID_FIELD, lines.join("; ")))
+    }
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+fn text(value: Value) -> Result<String, String> {
+    match value {
+        Value::String(text) => Ok(text),
+        other => Err(format!("must be a string, not {}", kind(&other))),
+    }
+}
+
+/// Text that ends up in an argument list, where NUL ends a string.
+fn text_without_nul(value: Value) -> Result<String, String> {
+    let text = text(value)?;
+    if text.contains('\0') {
+        Err("must not contain a NUL character".to_owned())
+    } else {
+        Ok(text)
+    }
+}
+
+fn image_reference(value: Value) -> Result<String, String> {
+    let image = text(value)?;
+    if image.is_empty() {
+        Err("must not be empty".to_owned())
+    } else if image.len() > MAX_IMAGE_LENGTH {
+        Err(format!("must be at most {MAX_IMAGE_LENGTH} bytes long"))
+    } else if let Err(e) = image.parse::<oci_spec::distribution::Reference>() {
+        let shown: String = image.chars().take(80).collect();
+        Err(format!("{shown:?} is no image reference: {e}"))
+    } else {
+        Ok(image)
+    }
+}
+
+fn arguments(value: Value) -> Result<Vec<String>, String> {
+    match value {
+        Value::Array(items) => items
+            .into_iter()
+            .enumerate()
+            .map(|(at, item)| text_without_nul(item).map_err(|why| format!("item {at} {why}")))
+            .collect(),
+        line @ Value::String(_) => split(&text_without_nul(line)?),
+        other => Err(format!(
+            "must be a string or a list of strings, not {}",
+            kind(&other)
+        )),
+    }
+}
+
+/// Splits a command line by POSIX shell quoting. There is no shell, so there are no comments:
+/// `#` is an ordinary character.
+fn split(line: &str) -> Result<Vec<String>, String> {
+    let quoting = |e: shell_words::ParseError| format!("cannot be split into arguments: {e}");
+    if !line.contains('#') {
+        return shell_words::split(line).map_err(quoting);
+    }
+    // `#` takes no part in quoting, so a character that is not in the line can stand in for it
+    // while the splitter, which knows comments, does its work. Unicode sets these 32 aside for
+    // a program's own use.
+    let Some(stand_in) = ('\u{fdd0}'..='\u{fdef}').find(|c| !line.contains(*c)) else {
+        return Err("holds '#' together with every noncharacter; send a list instead".to_owned());
+    };
+    let words = shell_words::split(&line.replace('#', &stand_in.to_string())).map_err(quoting)?;
+    Ok(words
+        .into_iter()
+        .map(|word| word.replace(stand_in, "#"))
+        .collect())
+}
+
+fn map(
+    value: Value,
+    check: fn(&str, &str) -> Result<(), String>,
+) -> Result<BTreeMap<String, String>, String> {
+    let Value::Object(object) = value else {
+        return Err(format!(
+            "must be an object of strings, not {}",
+            kind(&value)
+        ));
+    };
+    let entry = |(name, value): (String, Value)| {
+        let value = text(value).map_err(|why| format!("{name:?} {why}"))?;
+        check(&name, &value).map(|()| (name, value))
+    };
+    object.into_iter().map(entry).collect()
+}
+
+fn check_variable(name: &str, value: &str) -> Result<(), String> {
+    if name.is_empty() || name.contains(['=', '\0']) {
+        Err(format!("{name:?} is no name of a variable"))
+    } else if value.contains('\0') {
+        Err(format!(
+            "the value of {name:?} must not contain a NUL character"
+        ))
+    } else {
+        Ok(())
+    }
+}
+
+fn check_label(name: &str, _value: &str) -> Result<(), String> {
+    if name.is_empty() {
+        Err("a label needs a name".to_owned())
+    } else if name.starts_with(RESERVED_LABEL_PREFIX) {
+        Err(format!(
+            "{name:?} begins with {RESERVED_LABEL_PREFIX:?}, which is reserved"
+        ))
+    } else {
+        Ok(())
+    }
+}
+
+fn working_dir(value: Value) -> Result<String, String> {
+    let dir = text_without_nul(value)?;
+    if dir.starts_with('/') {
+        Ok(dir)
+    } else {
+        Err(format!("{dir:?} must be an absolute path"))
+    }
+}
+
+fn user(value: Value) -> Result<String, String> {
+    let user = text_without_nul(value)?;
+    let parts = user.split(':').count();
+    if (1..=2).contains(&parts) && user.split(':').all(|part| !part.is_empty()) {
+        Ok(user)
+    } else {
+        Err(format!(
+            "{user:?} is none of user, uid, user:group and uid:gid"
+        ))
+    }
+}
+
+fn whole(value: Value, least: u64, most: u64, setting: &str) -> Result<u64, String> {
+    let Value::Number(number) = &value else {
+        return Err(format!("must be a whole number, not {}", kind(&value)));
+    };
+    match number.as_u64() {
+        Some(n) if n > most => Err(format!("{n} is above this worker's {setting}, {most}")),
+        Some(n) if n >= least => Ok(n),
+        _ => Err(format!(
+            "must be a whole number of at least {least}, not {number}"
+        )),
+    }
+}
+
+fn cpus(value: Value, most: f64) -> Result<f64, String> {
+    let Some(n) = value.as_f64() else {
+        return Err(format!("must be a number, not {}", kind(&value)));
+    };
+    if n > most {
+        Err(format!("{n} is above this worker's CPU_LIMIT, {most}"))
+    } else if n >= 0.01 {
+        Ok(n)
+    } else {
+        Err(format!("must be at least 0.01, not {n}"))
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+#[path = "request_tests.rs"]
+mod tests;

@@ -1,0 +1,69 @@
+//! Outcomes on their way out.
+
+use async_nats::HeaderMap;
+
+use crate::job::Outcome;
+use crate::nats::Connection;
+use crate::protocol::{Subjects, outcome};
+
+/// Publishes outcomes. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Publisher {
+    connection: Connection,
+    results: String,
+}
+
+/// Where an outcome goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Route {
+    /// To the results subject, raw with headers.
+    pub results: bool,
+    /// To these subjects, as JSON. Checked before they get here.
+    pub replies: Vec<String>,
+}
+
+impl Publisher {
+    /// A publisher under these subjects.
+    #[must_use]
+    pub fn new(connection: Connection, subjects: &Subjects) -> Self {
+        Self {
+            connection,
+            results: subjects.results.clone(),
+        }
+    }
+
+    /// Publishes `outcome` along `route`. Waits for a server where there is none, for as long as
+    /// it takes; the caller bounds the wait.
+    ///
+    /// What cannot be sent at all is logged with the job's id: there is nobody else to tell.
+    pub async fn publish(&self, outcome: &Outcome, route: &Route) {
+        self.connection.connected().await;
+        let client = &self.connection.client;
+        // The server closes the connection of who sends more, and everybody's results with it.
+        let limit = client.max_payload();
+        let job = &outcome.id;
+        for reply in &route.replies {
+            match outcome::json(outcome, limit) {
+                Ok(json) => {
+                    if let Err(error) = client.publish(reply.clone(), json).await {
+                        tracing::error!(%job, reply, %error, "could not reply");
+                    }
+                }
+                Err(error) => tracing::error!(%job, reply, %error, "could not reply"),
+            }
+        }
+        if route.results {
+            let message = outcome::result_message(outcome, limit);
+            let mut headers = HeaderMap::new();
+            for (name, value) in message.headers {
+                headers.insert(name, value);
+            }
+            let published = client
+                .publish_with_headers(self.results.clone(), headers, message.body)
+                .await;
+            if let Err(error) = published {
+                tracing::error!(%job, %error, "could not publish the result");
+            }
+        }
+    }
+}

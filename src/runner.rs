@@ -1,0 +1,503 @@
+//! One delivery to exactly one outcome: decode, run, publish, settle, clean up.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use futures::future::{BoxFuture, OptionFuture};
+use tokio::sync::watch;
+
+use crate::admission::Slot;
+use crate::backend::{Backend, Event, Exit, Run, Signal, Started};
+use crate::capture::{Capture, Captured};
+use crate::config::Policy;
+use crate::job::{Failure, Job, JobError, JobId, Limits, Outcome, Status, Timings, Usage, code};
+use crate::protocol::{Request, Subjects, request};
+use crate::publish::{Publisher, Route};
+use crate::retry::Backoff;
+use crate::shutdown::Shutdown;
+use crate::source::{Delivery, Kind, Message};
+
+/// Delays between the attempts of one job.
+const ATTEMPTS: Backoff = Backoff {
+    first: Duration::from_millis(500),
+    most: Duration::from_secs(30),
+};
+/// Delays between the tries of one clean-up.
+const CLEANUPS: Backoff = Backoff {
+    first: Duration::from_millis(200),
+    most: Duration::from_secs(5),
+};
+/// Tries after which a container that has stopped is left to the reaper.
+const CLEANUP_TRIES: u32 = 4;
+
+/// What a runner needs to know.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The instance's name, on every outcome.
+    pub worker: String,
+    /// What requests may ask for.
+    pub policy: Policy,
+    /// The subjects requests may not be answered on.
+    pub subjects: Subjects,
+    /// How many attempts a job has.
+    pub max_attempts: u32,
+    /// Bytes kept of each output stream.
+    pub output_limit: usize,
+    /// From TERM to KILL.
+    pub stop_grace: Duration,
+    /// How long a killed function may take to be gone before it is given up on.
+    pub kill_patience: Duration,
+    /// How long publishing may delay the clean-up.
+    pub publish_timeout: Duration,
+}
+
+/// Runs deliveries on a backend. Shared by all jobs of an instance.
+pub struct Runner {
+    backend: Arc<dyn Backend>,
+    publisher: Publisher,
+    options: Options,
+    shutdown: Shutdown,
+    /// Told when a run failed for the engine's sake, so that it is looked at before the next.
+    suspicions: watch::Sender<u64>,
+}
+
+/// Who asked, where the answer goes, and since when they wait.
+struct Context {
+    message: Message,
+    route: Route,
+    begun: Instant,
+}
+
+/// How an attempt ended.
+struct Attempt {
+    started: Option<Started>,
+    /// From the start to the end.
+    ran: Option<Duration>,
+    output: Captured,
+    verdict: Verdict,
+}
+
+enum Verdict {
+    /// The function ended by itself.
+    Exited(Exit),
+    /// The daemon ended it; with the exit, where it was seen.
+    Ended(Why, Option<Exit>),
+    /// It never began, or its end cannot be known.
+    Failed(Failure),
+}
+
+/// Why the daemon ends a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Why {
+    Deadline,
+    Shutdown,
+}
+
+impl Runner {
+    /// A runner on `backend`. Every failure that puts the engine in doubt bumps `suspicions`.
+    #[must_use]
+    pub fn new(
+        backend: Arc<dyn Backend>,
+        publisher: Publisher,
+        options: Options,
+        shutdown: Shutdown,
+        suspicions: watch::Sender<u64>,
+    ) -> Self {
+        Self {
+            backend,
+            publisher,
+            options,
+            shutdown,
+            suspicions,
+        }
+    }
+
+    /// Takes a delivery to its outcome. The slot is held until the container is gone.
+    pub async fn handle(&self, delivery: Delivery, slot: Slot) {
+        let Delivery { message, settle } = delivery;
+        let begun = Instant::now();
+        let (job, context) = match self.decode(message, begun) {
+            Ok(decoded) => decoded,
+            Err((outcome, context)) => {
+                self.report(&outcome);
+                self.publish_patiently(&outcome, &context.route).await;
+                settle.done().await;
+                return;
+            }
+        };
+        tracing::debug!(job = %job.id, image = %job.image, attempt = context.message.attempt, "job begins");
+        let (id, image, limits) = (job.id.clone(), job.image.clone(), job.limits.clone());
+        let mut run = self.backend.prepare(job);
+        let attempt = self.drive(run.as_mut(), &limits).await;
+
+        if let Verdict::Failed(failure) = &attempt.verdict {
+            if is_suspicious(failure) {
+                self.suspicions.send_modify(|n| *n += 1);
+            }
+            let again = settle.can_retry()
+                && matches!(failure, Failure::Transient(_))
+                && context.message.attempt < self.options.max_attempts
+                && !self.shutdown.stopping.is_cancelled();
+            if again {
+                let delay = ATTEMPTS.delay(context.message.attempt);
+                tracing::warn!(job = %id, attempt = context.message.attempt, %failure, ?delay, "the infrastructure failed the job; it will be tried again");
+                self.clean_up(run, &id).await;
+                drop(slot);
+                settle.retry(delay).await;
+                return;
+            }
+        }
+
+        let outcome = self.outcome(id, Some(image), &limits, &context, attempt);
+        self.report(&outcome);
+        // The outcome first: whoever waits for it does not wait for the removal. But a server that
+        // is not there must not keep a container.
+        let publish = self.publisher.publish(&outcome, &context.route);
+        tokio::pin!(publish);
+        let in_time = tokio::time::timeout(self.options.publish_timeout, &mut publish).await;
+        if in_time.is_ok() {
+            settle.done().await;
+            self.clean_up(run, &outcome.id).await;
+        } else {
+            tokio::join!(self.clean_up(run, &outcome.id), publish);
+            settle.done().await;
+        }
+        drop(slot);
+    }
+
+    /// Answers a message without running it.
+    pub async fn refuse(&self, message: Message, error: JobError) {
+        let now = Instant::now();
+        // What kind of request it is decides where the answer goes, even if it is a bad one.
+        let (job, context) = match self.decode(message, now) {
+            Ok(decoded) => decoded,
+            Err((outcome, context)) => {
+                self.report(&outcome);
+                self.publish_patiently(&outcome, &context.route).await;
+                return;
+            }
+        };
+        let mut route = context.route.clone();
+        // A request that was told to come back is no job yet.
+        route.results &= error.code != code::BUSY;
+        let attempt = Attempt {
+            started: None,
+            ran: None,
+            output: Captured::default(),
+            verdict: Verdict::Failed(Failure::Permanent(error)),
+        };
+        let outcome = self.outcome(job.id, Some(job.image), &job.limits, &context, attempt);
+        self.report(&outcome);
+        self.publish_patiently(&outcome, &route).await;
+    }
+
+    /// Publishes while nothing else depends on it; only a forced end cuts it short.
+    async fn publish_patiently(&self, outcome: &Outcome, route: &Route) {
+        tokio::select! {
+            () = self.publisher.publish(outcome, route) => {}
+            () = self.shutdown.forced.cancelled() => {}
+        }
+    }
+
+    fn decode(
+        &self,
+        message: Message,
+        begun: Instant,
+    ) -> Result<(Job, Context), (Outcome, Context)> {
+        let Options {
+            policy, subjects, ..
+        } = &self.options;
+        let id = message.message_id.as_deref();
+        let decoded = request::decode(&message.payload, id, JobId::new, policy, subjects);
+        let asked = match &decoded {
+            Ok(Request { reply_to, .. }) => reply_to,
+            Err(refusal) => &refusal.reply_to,
+        };
+        let replies = message.reply.iter().chain(asked).filter(|reply| {
+            subjects
+                .check_reply(reply)
+                .inspect_err(|why| {
+                    tracing::warn!(reply = %reply, %why, "no answer is sent there");
+                })
+                .is_ok()
+        });
+        let route = Route {
+            results: true,
+            replies: replies.cloned().collect(),
+        };
+        let context = Context {
+            message,
+            route,
+            begun,
+        };
+        match decoded {
+            Ok(Request { job, .. }) => Ok((job, context)),
+            Err(refusal) => {
+                let attempt = Attempt {
+                    started: None,
+                    ran: None,
+                    output: Captured::default(),
+                    verdict: Verdict::Failed(Failure::Rejected(refusal.error)),
+                };
+                let limits = Limits {
+                    timeout: Duration::ZERO,
+                    memory_bytes: 0,
+                    cpus: 0.0,
+                    pids: 0,
+                };
+                let outcome = self.outcome(refusal.id, refusal.image, &limits, &context, attempt);
+                Err((outcome, context))
+            }
+        }
+    }
+
+    /// Starts the run and sees it to its end, whoever brings that about.
+    async fn drive(&self, run: &mut dyn Run, limits: &Limits) -> Attempt {
+        let mut capture = Capture::new(self.options.output_limit);
+        let started = tokio::select! {
+            started = run.start() => started,
+            () = self.shutdown.stopping.cancelled() => {
+                let message = "the worker shut down before the function began";
+                Err(Failure::Permanent(JobError::new(code::JOB_STOPPED, message)))
+            }
+        };
+        let started = match started {
+            Ok(started) => started,
+            Err(failure) => {
+                return Attempt {
+                    started: None,
+                    ran: None,
+                    output: capture.finish(),
+                    verdict: Verdict::Failed(failure),
+                };
+            }
+        };
+        let begun = Instant::now();
+        let verdict = self.watch(run, &mut capture, begun + limits.timeout).await;
+        Attempt {
+            started: Some(started),
+            ran: Some(begun.elapsed()),
+            output: capture.finish(),
+            verdict,
+        }
+    }
+
+    /// Takes the output until the function ends, and ends it when it must.
+    ///
+    /// Output is taken all the while, also while a signal is on its way: an engine that cannot
+    /// get rid of output does not get to the signal either.
+    async fn watch(&self, run: &mut dyn Run, capture: &mut Capture, deadline: Instant) -> Verdict {
+        let mut ending: Option<(Why, Signal)> = None;
+        let mut alarm = tokio::time::Instant::from_std(deadline);
+        let mut signalling: OptionFuture<BoxFuture<'static, Result<(), Failure>>> = None.into();
+        loop {
+            let why = ending.map(|(why, _)| why);
+            let killed = matches!(ending, Some((_, Signal::Kill)));
+            let (why, signal) = tokio::select! {
+                event = run.next() => match (event, why) {
+                    (Ok(Event::Output(stream, chunk)), _) => {
+                        capture.push(stream, &chunk);
+                        continue;
+                    }
+                    (Ok(Event::Exited(exit)), None) => return Verdict::Exited(exit),
+                    (Ok(Event::Exited(exit)), Some(why)) => return Verdict::Ended(why, Some(exit)),
+                    (Err(failure), None) => return Verdict::Failed(failure),
+                    (Err(_), Some(why)) => return Verdict::Ended(why, None),
+                },
+                Some(result) = &mut signalling => {
+                    signalling = None.into();
+                    if let Err(error) = result {
+                        tracing::warn!(%error, "could not signal the function");
+                    }
+                    continue;
+                }
+                () = tokio::time::sleep_until(alarm) => match ending {
+                    None => (Why::Deadline, Signal::Term),
+                    Some((why, Signal::Term)) => (why, Signal::Kill),
+                    // The engine does not say that it is gone. The clean-up goes on trying.
+                    Some((why, Signal::Kill)) => return Verdict::Ended(why, None),
+                },
+                () = self.shutdown.forced.cancelled(), if !killed => {
+                    (why.unwrap_or(Why::Shutdown), Signal::Kill)
+                }
+                () = self.shutdown.stopping.cancelled(), if ending.is_none() => {
+                    (Why::Shutdown, Signal::Term)
+                }
+            };
+            ending = Some((why, signal));
+            signalling = Some(run.signal(signal)).into();
+            alarm = tokio::time::Instant::now()
+                + match signal {
+                    Signal::Term => self.options.stop_grace,
+                    Signal::Kill => self.options.kill_patience,
+                };
+        }
+    }
+
+    /// Removes what the run left in the engine, as often as it takes.
+    async fn clean_up(&self, mut run: Box<dyn Run>, id: &JobId) {
+        for failures in 1.. {
+            let Err(error) = run.cleanup().await else {
+                return;
+            };
+            if !error.may_be_running && failures >= CLEANUP_TRIES {
+                tracing::warn!(job = %id, %error, "the container stays behind for the reaper");
+                return;
+            }
+            if failures == 1 {
+                tracing::warn!(job = %id, %error, "could not remove the container yet; trying on");
+            }
+            self.suspicions.send_modify(|n| *n += 1);
+            tokio::time::sleep(CLEANUPS.delay(failures)).await;
+        }
+    }
+
+    fn outcome(
+        &self,
+        id: JobId,
+        image: Option<String>,
+        limits: &Limits,
+        context: &Context,
+        attempt: Attempt,
+    ) -> Outcome {
+        let Attempt {
+            started,
+            ran,
+            output,
+            verdict,
+        } = attempt;
+        let message = &context.message;
+        let judged = judge(verdict, limits);
+        // Where the command could not be executed there was no function, and what was said of it
+        // is no output.
+        let ran_at_all = !judged.not_started;
+        let started = started.filter(|_| ran_at_all);
+        Outcome {
+            id,
+            image,
+            status: judged.status,
+            exit_code: judged
+                .exit
+                .as_ref()
+                .filter(|_| ran_at_all)
+                .map(|exit| exit.code),
+            error: judged.error,
+            output: if ran_at_all {
+                output
+            } else {
+                Captured::default()
+            },
+            oom_killed: judged
+                .exit
+                .filter(|_| ran_at_all)
+                .map(|exit| exit.oom_killed),
+            attempt: message.attempt,
+            worker: self.options.worker.clone(),
+            start: started.map(|s| s.kind),
+            queued_at: message.received_at,
+            started_at: started.map(|s| s.at),
+            finished_at: SystemTime::now(),
+            timings: Timings {
+                queue: Some(context.begun.duration_since(message.received)),
+                pull: started.map(|s| s.pull),
+                create: started.map(|s| s.create),
+                start: started.map(|s| s.start),
+                run: ran.filter(|_| ran_at_all),
+                total: Some(message.received.elapsed()),
+            },
+            usage: Usage::default(),
+        }
+    }
+
+    /// One log line for one outcome.
+    fn report(&self, outcome: &Outcome) {
+        let error = outcome.error.as_ref().map(tracing::field::display);
+        let exit_code = outcome.exit_code;
+        let total_ms = outcome.timings.total.map(|d| d.as_millis());
+        let (job, status, attempt) = (&outcome.id, outcome.status, outcome.attempt);
+        let image = outcome.image.as_deref();
+        if status == Status::Error {
+            tracing::warn!(%job, image, %status, exit_code, attempt, total_ms, error, "job ended");
+        } else {
+            tracing::info!(%job, image, %status, exit_code, attempt, total_ms, error, "job ended");
+        }
+    }
+}
+
+/// What an ending means.
+struct Judgement {
+    status: Status,
+    error: Option<JobError>,
+    exit: Option<Exit>,
+    /// Whether the command could not be executed.
+    not_started: bool,
+}
+
+fn judge(verdict: Verdict, limits: &Limits) -> Judgement {
+    let done = |status, error, exit| Judgement {
+        status,
+        error,
+        exit,
+        not_started: false,
+    };
+    match verdict {
+        Verdict::Exited(Exit {
+            not_started: Some(failure),
+            ..
+        }) => Judgement {
+            status: failure.status(),
+            error: Some(failure.error().clone()),
+            exit: None,
+            not_started: true,
+        },
+        Verdict::Exited(exit) if exit.code == 0 => done(Status::Succeeded, None, Some(exit)),
+        Verdict::Exited(exit) if exit.oom_killed => {
+            let message = format!(
+                "the function needed more than its {} bytes of memory",
+                limits.memory_bytes
+            );
+            let error = JobError::new(code::JOB_OUT_OF_MEMORY, message);
+            done(Status::OutOfMemory, Some(error), Some(exit))
+        }
+        Verdict::Exited(exit) => done(Status::Failed, None, Some(exit)),
+        Verdict::Ended(Why::Deadline, exit) => {
+            let limit = humantime::format_duration(limits.timeout);
+            let message = format!("the function did not end within {limit}");
+            done(
+                Status::TimedOut,
+                Some(JobError::new(code::JOB_TIMED_OUT, message)),
+                exit,
+            )
+        }
+        Verdict::Ended(Why::Shutdown, exit) => {
+            let message = "the worker shut down before the function ended";
+            done(
+                Status::Error,
+                Some(JobError::new(code::JOB_STOPPED, message)),
+                exit,
+            )
+        }
+        Verdict::Failed(failure) => done(failure.status(), Some(failure.error().clone()), None),
+    }
+}
+
+/// Whether a failure puts the engine itself in doubt.
+fn is_suspicious(failure: &Failure) -> bool {
+    [
+        code::ENGINE_UNAVAILABLE,
+        code::ENGINE_TIMEOUT,
+        code::ENGINE_ERROR,
+    ]
+    .contains(&failure.error().code.as_ref())
+}
+
+/// Why a `run` request is not run.
+#[must_use]
+pub fn busy(kind: Kind, patience: Duration) -> JobError {
+    debug_assert_eq!(kind, Kind::Run);
+    let patience = humantime::format_duration(patience);
+    JobError::new(
+        code::BUSY,
+        format!("no slot came free within {patience}; try again later"),
+    )
+}

@@ -1,0 +1,50 @@
+//! From the first signal to the last: drain, then stop, then force.
+
+use std::io;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// How far the end has come. Each token is cancelled once, in this order, and stays so.
+#[derive(Clone, Debug, Default)]
+pub struct Shutdown {
+    /// No new work is taken.
+    pub draining: CancellationToken,
+    /// Running functions are stopped: the grace is over.
+    pub stopping: CancellationToken,
+    /// Running functions are killed at once: the operator insists.
+    pub forced: CancellationToken,
+}
+
+/// SIGTERM and SIGINT, from the moment this is made.
+#[derive(Debug)]
+pub struct Signals {
+    term: Signal,
+    int: Signal,
+}
+
+/// The exit code of a process that was forced to end by SIGINT, by shells' convention.
+pub const EXIT_SIGINT: u8 = 128 + 2;
+/// The exit code of a process that was forced to end by SIGTERM, by shells' convention.
+pub const EXIT_SIGTERM: u8 = 128 + 15;
+
+impl Signals {
+    /// Takes the signals over from their default, which is to end the process.
+    ///
+    /// # Errors
+    /// The kernel refuses the handlers.
+    pub fn install() -> io::Result<Self> {
+        Ok(Self {
+            term: signal(SignalKind::terminate())?,
+            int: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// The next signal, as the exit code it stands for when it forces the end.
+    pub async fn next(&mut self) -> u8 {
+        tokio::select! {
+            _ = self.term.recv() => EXIT_SIGTERM,
+            _ = self.int.recv() => EXIT_SIGINT,
+        }
+    }
+}

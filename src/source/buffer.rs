@@ -1,0 +1,243 @@
+//! What waits in memory between a pushing server and a free slot: bounded in messages and bytes.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::Message;
+
+/// What a waiting message takes beside its payload, in bytes: its own fields and its place here.
+const OVERHEAD: usize = std::mem::size_of::<Message>() + 64;
+
+/// A bounded queue of messages, some of which wait for their time.
+#[derive(Debug)]
+pub struct Buffer {
+    limits: Limits,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+/// How much may wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Messages.
+    pub messages: usize,
+    /// Bytes of them.
+    pub bytes: usize,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    ready: VecDeque<Message>,
+    /// Messages for another attempt, and when it is due.
+    delayed: Vec<(Instant, Message)>,
+    bytes: usize,
+    closed: bool,
+}
+
+impl State {
+    fn len(&self) -> usize {
+        self.ready.len() + self.delayed.len()
+    }
+
+    /// The next message that is due, or when the first of the delayed ones will be. Those that
+    /// waited for another attempt come first: they are the oldest.
+    fn pop(&mut self) -> Result<Message, Option<Instant>> {
+        let now = Instant::now();
+        let due = self.delayed.iter().position(|(at, _)| *at <= now);
+        let message = match due {
+            Some(index) => Some(self.delayed.swap_remove(index).1),
+            None => self.ready.pop_front(),
+        };
+        match message {
+            Some(message) => {
+                self.bytes -= size(&message);
+                Ok(message)
+            }
+            None => Err(self.delayed.iter().map(|(at, _)| *at).min()),
+        }
+    }
+}
+
+impl Buffer {
+    /// An empty buffer.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            state: Mutex::default(),
+            changed: Notify::new(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No code that holds the lock can leave the state half-changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a message at the end; hands it back where there is no room, or the buffer is closed.
+    ///
+    /// # Errors
+    /// The message itself.
+    pub fn push(&self, message: Message) -> Result<(), Box<Message>> {
+        let mut state = self.state();
+        let full =
+            state.len() >= self.limits.messages || state.bytes + size(&message) > self.limits.bytes;
+        if full || state.closed {
+            return Err(Box::new(message));
+        }
+        state.bytes += size(&message);
+        state.ready.push_back(message);
+        drop(state);
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    /// Puts a message back for another attempt `after` a while. It was accepted before, so there
+    /// is always room.
+    pub fn put_back(&self, message: Message, after: Duration) {
+        let mut state = self.state();
+        state.bytes += size(&message);
+        state.delayed.push((Instant::now() + after, message));
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    /// The next message that is due. Cancel-safe. For one reader.
+    pub async fn pop(&self) -> Message {
+        loop {
+            let next = self.state().pop();
+            let changed = self.changed.notified();
+            match next {
+                Ok(message) => return message,
+                Err(None) => changed.await,
+                Err(Some(due)) => {
+                    // Whichever comes first: both lead to another look.
+                    let _ = tokio::time::timeout_at(due, changed).await;
+                }
+            }
+        }
+    }
+
+    /// How many messages wait.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.state().len()
+    }
+
+    /// Whether no message waits.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether at least half of either limit is free.
+    #[must_use]
+    pub fn has_relaxed(&self) -> bool {
+        let state = self.state();
+        state.len() <= self.limits.messages / 2 && state.bytes <= self.limits.bytes / 2
+    }
+
+    /// Takes no more messages from [`Buffer::push`].
+    pub fn close(&self) {
+        self.state().closed = true;
+    }
+
+    /// Takes out all that wait, due or not, the oldest attempts first.
+    #[must_use]
+    pub fn drain(&self) -> Vec<Message> {
+        let mut state = self.state();
+        state.bytes = 0;
+        let delayed = std::mem::take(&mut state.delayed)
+            .into_iter()
+            .map(|(_, message)| message);
+        delayed.chain(std::mem::take(&mut state.ready)).collect()
+    }
+}
+
+fn size(message: &Message) -> usize {
+    message.payload.len() + OVERHEAD
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::Kind;
+    use bytes::Bytes;
+    use futures::FutureExt;
+    use std::time::SystemTime;
+
+    fn message(payload: &'static str) -> Message {
+        Message {
+            payload: Bytes::from_static(payload.as_bytes()),
+            message_id: None,
+            reply: None,
+            kind: Kind::Execute,
+            received_at: SystemTime::now(),
+            received: std::time::Instant::now(),
+            attempt: 1,
+        }
+    }
+
+    fn popped(buffer: &Buffer) -> Option<Bytes> {
+        buffer.pop().now_or_never().map(|m| m.payload)
+    }
+
+    #[tokio::test]
+    async fn messages_and_bytes_are_bounded() {
+        let buffer = Buffer::new(Limits {
+            messages: 2,
+            bytes: usize::MAX,
+        });
+        assert!(buffer.push(message("a")).is_ok() && buffer.push(message("b")).is_ok());
+        assert!(buffer.push(message("c")).is_err());
+        assert_eq!(popped(&buffer).as_deref(), Some(&b"a"[..]));
+        assert!(buffer.push(message("c")).is_ok());
+
+        let buffer = Buffer::new(Limits {
+            messages: 9,
+            bytes: 2 * OVERHEAD + 3,
+        });
+        assert!(buffer.push(message("abc")).is_ok());
+        assert!(buffer.push(message("d")).is_err());
+        assert!(buffer.push(message("")).is_ok());
+        assert!(!buffer.has_relaxed());
+        assert!(popped(&buffer).is_some() && buffer.has_relaxed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_put_back_comes_when_it_is_due_and_first() {
+        let buffer = Buffer::new(Limits {
+            messages: 9,
+            bytes: 9000,
+        });
+        buffer.put_back(message("late"), Duration::from_secs(60));
+        buffer.put_back(message("soon"), Duration::from_secs(1));
+        assert_eq!(popped(&buffer), None);
+        let begun = Instant::now();
+        assert_eq!(&buffer.pop().await.payload[..], b"soon");
+        assert_eq!(begun.elapsed().as_secs(), 1);
+        tokio::time::advance(Duration::from_secs(60)).await;
+        assert!(buffer.push(message("new")).is_ok());
+        assert_eq!(popped(&buffer).as_deref(), Some(&b"late"[..]));
+        assert_eq!(popped(&buffer).as_deref(), Some(&b"new"[..]));
+    }
+
+    #[tokio::test]
+    async fn a_closed_buffer_gives_back_everything() {
+        let buffer = Buffer::new(Limits {
+            messages: 9,
+            bytes: 9000,
+        });
+        assert!(buffer.push(message("a")).is_ok());
+        buffer.put_back(message("b"), Duration::from_secs(60));
+        buffer.close();
+        assert!(buffer.push(message("c")).is_err());
+        let rest: Vec<_> = buffer.drain().into_iter().map(|m| m.payload).collect();
+        assert_eq!(rest, ["b", "a"]);
+        assert!(buffer.is_empty());
+    }
+}

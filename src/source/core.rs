@@ -1,0 +1,221 @@
+//! Requests from plain NATS: a queue-group subscription, and a buffer for what the server pushes
+//! before there is a slot.
+//!
+//! Plain NATS keeps nothing: what waits here is lost if the process is killed.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use async_nats::Subscriber;
+use async_trait::async_trait;
+use futures::StreamExt;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::buffer::{Buffer, Limits};
+use super::{Delivery, Kind, Message, Settle, Source};
+use crate::nats::Connection;
+use crate::protocol::headers::NATS_MSG_ID;
+
+/// How many refused messages may wait to be answered. Beyond it they are only counted: whoever
+/// floods a full buffer gets no buffer for the answers.
+const REFUSED_CAPACITY: usize = 1024;
+
+/// A queue-group subscription with its buffer.
+pub struct CoreSource {
+    buffer: Arc<Buffer>,
+    intake: Option<AbortOnDropHandle<()>>,
+    closing: CancellationToken,
+}
+
+/// Why there is no subscription.
+pub type SubscribeError = async_nats::SubscribeError;
+
+impl CoreSource {
+    /// Subscribes. Messages that find the buffer full come out of the second value.
+    ///
+    /// # Errors
+    /// The client is closed.
+    pub async fn subscribe(
+        connection: &Connection,
+        subject: &str,
+        queue_group: &str,
+        limits: Limits,
+    ) -> Result<(Self, mpsc::Receiver<Message>), SubscribeError> {
+        let subscriber = connection
+            .client
+            .queue_subscribe(subject.to_owned(), queue_group.to_owned())
+            .await?;
+        let buffer = Arc::new(Buffer::new(limits));
+        let (refused, refusals) = mpsc::channel(REFUSED_CAPACITY);
+        let closing = CancellationToken::new();
+        let intake = Intake {
+            buffer: buffer.clone(),
+            connection: connection.clone(),
+            refused,
+            overflow: Overflow::default(),
+        };
+        let task = tokio::spawn(intake.run(subscriber, closing.clone()));
+        let intake = Some(AbortOnDropHandle::new(task));
+        Ok((
+            Self {
+                buffer,
+                intake,
+                closing,
+            },
+            refusals,
+        ))
+    }
+}
+
+#[async_trait]
+impl Source for CoreSource {
+    async fn next(&mut self) -> Delivery {
+        let message = self.buffer.pop().await;
+        let settle = Box::new(Requeue {
+            message: message.clone(),
+            buffer: self.buffer.clone(),
+        });
+        Delivery { message, settle }
+    }
+
+    async fn close(&mut self) -> Vec<Message> {
+        self.closing.cancel();
+        if let Some(intake) = self.intake.take() {
+            // It ends by itself once the server has stopped pushing; one that cannot is aborted.
+            let _ = tokio::time::timeout(Duration::from_secs(5), intake).await;
+        }
+        self.buffer.close();
+        self.buffer.drain()
+    }
+}
+
+/// Moves messages from the client's channel to the buffer, so that the socket is always read.
+struct Intake {
+    buffer: Arc<Buffer>,
+    connection: Connection,
+    refused: mpsc::Sender<Message>,
+    overflow: Overflow,
+}
+
+impl Intake {
+    async fn run(mut self, mut subscriber: Subscriber, closing: CancellationToken) {
+        loop {
+            tokio::select! {
+                message = subscriber.next() => match message {
+                    Some(message) => self.take(received(message, Kind::Execute)),
+                    None => return,
+                },
+                () = closing.cancelled() => break,
+            }
+        }
+        // What the server had sent before it saw the end of the subscription still arrives.
+        if subscriber.drain().await.is_ok() {
+            while let Some(message) = subscriber.next().await {
+                self.take(received(message, Kind::Execute));
+            }
+        }
+    }
+
+    fn take(&mut self, message: Message) {
+        let full = match self.buffer.push(message) {
+            Ok(()) => false,
+            Err(message) => {
+                // Where even the refusals overflow, the episode's count still tells.
+                let _ = self.refused.try_send(*message);
+                true
+            }
+        };
+        self.overflow
+            .observe(full, &self.buffer, self.connection.lost());
+    }
+}
+
+/// Reports an overflow at its beginning and its end, with a count.
+#[derive(Debug, Default)]
+struct Overflow {
+    episode: Option<u64>,
+    lost_before: u64,
+}
+
+impl Overflow {
+    fn observe(&mut self, full: bool, buffer: &Buffer, lost_by_client: u64) {
+        let lost = lost_by_client - self.lost_before;
+        self.lost_before = lost_by_client;
+        let refused = u64::from(full) + lost;
+        match &mut self.episode {
+            None if refused > 0 => {
+                self.episode = Some(refused);
+                tracing::warn!(
+                    waiting = buffer.len(),
+                    "the buffer is full: requests are refused until it has room again; see BUFFER_MESSAGES and BUFFER_BYTES"
+                );
+            }
+            None => {}
+            Some(count) => {
+                *count += refused;
+                if !full && buffer.has_relaxed() {
+                    tracing::info!(refused = *count, "the buffer has room again");
+                    self.episode = None;
+                }
+            }
+        }
+    }
+}
+
+/// A message of the client library as one of ours.
+pub fn received(message: async_nats::Message, kind: Kind) -> Message {
+    let message_id = message
+        .headers
+        .as_ref()
+        .and_then(|headers| headers.get(NATS_MSG_ID))
+        .map(|value| value.as_str().to_owned());
+    Message {
+        payload: message.payload,
+        message_id,
+        reply: message.reply.map(|reply| reply.to_string()),
+        kind,
+        received_at: SystemTime::now(),
+        received: Instant::now(),
+        attempt: 1,
+    }
+}
+
+/// Settles by memory alone: done is done, and a retry goes back into the buffer.
+struct Requeue {
+    message: Message,
+    buffer: Arc<Buffer>,
+}
+
+#[async_trait]
+impl Settle for Requeue {
+    fn can_retry(&self) -> bool {
+        true
+    }
+
+    async fn done(self: Box<Self>) {}
+
+    async fn retry(self: Box<Self>, after: Duration) {
+        let Self {
+            mut message,
+            buffer,
+        } = *self;
+        message.attempt += 1;
+        buffer.put_back(message, after);
+    }
+}
+
+/// Settles a request that is answered once, whatever the answer.
+pub struct Once;
+
+#[async_trait]
+impl Settle for Once {
+    fn can_retry(&self) -> bool {
+        false
+    }
+
+    async fn done(self: Box<Self>) {}
+
+    async fn retry(self: Box<Self>, _after: Duration) {}
+}

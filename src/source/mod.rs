@@ -1,0 +1,68 @@
+//! Where requests come from. Every source yields the same thing: a delivery, to be settled once.
+
+pub mod buffer;
+pub mod core;
+
+use std::time::{Duration, Instant, SystemTime};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+/// A request as it arrived.
+#[derive(Clone, Debug)]
+pub struct Message {
+    /// Its body.
+    pub payload: Bytes,
+    /// Its `Nats-Msg-Id` header.
+    pub message_id: Option<String>,
+    /// Where an answer is waited for.
+    pub reply: Option<String>,
+    /// Whether the sender waits for nothing but the answer.
+    pub kind: Kind,
+    /// When it arrived, for people.
+    pub received_at: SystemTime,
+    /// When it arrived, for measuring.
+    pub received: Instant,
+    /// Which attempt this is, from 1.
+    pub attempt: u32,
+}
+
+/// What a sender expects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// To be run when there is a slot.
+    Execute,
+    /// To be run soon, or be told at once that it cannot be.
+    Run,
+}
+
+/// A request, with the duty to settle it.
+pub struct Delivery {
+    /// The request.
+    pub message: Message,
+    /// How it is settled.
+    pub settle: Box<dyn Settle>,
+}
+
+/// What becomes of a delivery, decided once.
+#[async_trait]
+pub trait Settle: Send {
+    /// Whether [`Settle::retry`] will bring the request back.
+    fn can_retry(&self) -> bool;
+
+    /// The outcome is published: nothing more is to be done.
+    async fn done(self: Box<Self>);
+
+    /// The infrastructure failed: deliver the request again, after a while.
+    async fn retry(self: Box<Self>, after: Duration);
+}
+
+/// A stream of deliveries.
+#[async_trait]
+pub trait Source: Send {
+    /// The next delivery. Cancel-safe. Waits for ever when there is none.
+    async fn next(&mut self) -> Delivery;
+
+    /// Takes no more requests, and hands back those nobody has taken.
+    async fn close(&mut self) -> Vec<Message>;
+}
