@@ -22,10 +22,7 @@ impl Slots {
     /// `total` free slots.
     #[must_use]
     pub fn new(total: usize) -> Self {
-        Self {
-            semaphore: Arc::new(Semaphore::new(total)),
-            total,
-        }
+        Self { semaphore: Arc::new(Semaphore::new(total)), total }
     }
 
     /// Waits for a slot. Cancel-safe: a dropped wait takes none.

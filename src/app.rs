@@ -26,10 +26,8 @@ use crate::source::{Delivery, Kind, Message, Source};
 /// How often a healthy engine is pinged, so that its absence is noticed while nothing runs.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Delays between looks at an engine that is away.
-const ENGINE_RETRY: Backoff = Backoff {
-    first: Duration::from_millis(250),
-    most: Duration::from_secs(5),
-};
+const ENGINE_RETRY: Backoff =
+    Backoff { first: Duration::from_millis(250), most: Duration::from_secs(5) };
 /// Beyond the stopped functions' own grace: time to publish, to remove and to flush.
 const LAST_RITES: Duration = Duration::from_secs(15);
 /// How long a forced end may take to kill and remove what still runs.
@@ -46,14 +44,15 @@ const SUBSCRIPTION_SLACK: usize = 4096;
 /// # Errors
 /// The parts cannot be put together; nothing was taken from NATS.
 pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
+    crate::protocol::request::warm_up();
     let worker = instance_name();
-    let backend: Arc<dyn Backend> = Arc::new(Docker::new(docker::Options {
-        instance: worker.clone(),
-        images: config.images.clone(),
-        confinement: config.confinement.clone(),
-        call_timeout: config.engine_timeout,
-        stop_grace: config.stop_grace,
-    })?);
+    let backend: Arc<dyn Backend> = match Docker::new(docker_options(&config, &worker)) {
+        Ok(docker) => Arc::new(docker),
+        Err(error) => {
+            tracing::error!("{error:#}");
+            return Ok(EX_CONFIG);
+        }
+    };
     // An engine that cannot do what the settings ask for is a bad setting; one that is away is not.
     if let Err(PreflightError::Unfit(why)) = backend.preflight().await {
         tracing::error!("{why}");
@@ -61,7 +60,13 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     }
 
     let subscription_capacity = config.buffer_messages.saturating_add(SUBSCRIPTION_SLACK);
-    let connection = Connection::open(&config.nats, &worker, subscription_capacity).await?;
+    let connection = match Connection::open(&config.nats, &worker, subscription_capacity).await {
+        Ok(connection) => connection,
+        Err(error) => {
+            tracing::error!("{error}");
+            return Ok(EX_CONFIG);
+        }
+    };
     let publisher = Publisher::new(connection.clone(), &config.subjects);
     let shutdown = Shutdown::default();
     let (suspicions, suspected) = watch::channel(0);
@@ -73,6 +78,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
         suspicions,
     ));
     let daemon = Daemon {
+        connection: connection.clone(),
         runner,
         slots: Slots::new(config.max_containers),
         jobs: TaskTracker::new(),
@@ -84,10 +90,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
         &connection,
         &config.subjects.execute,
         &config.queue_group,
-        Limits {
-            messages: config.buffer_messages,
-            bytes: config.buffer_bytes,
-        },
+        Limits { messages: config.buffer_messages, bytes: config.buffer_bytes },
     )
     .await?;
     let run_requests = connection
@@ -105,23 +108,9 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
         });
     };
     let (unfit_found, unfit) = oneshot::channel();
-    spawn(Box::pin(watch_engine(
-        backend.clone(),
-        health,
-        suspected,
-        unfit_found,
-    )));
-    spawn(Box::pin(reap(
-        backend.clone(),
-        engine_up.clone(),
-        config.reap_interval,
-    )));
-    spawn(Box::pin(announce(
-        connection.clone(),
-        engine_up.clone(),
-        config.clone(),
-        worker,
-    )));
+    spawn(Box::pin(watch_engine(backend.clone(), health, suspected, unfit_found)));
+    spawn(Box::pin(reap(backend.clone(), engine_up.clone(), config.reap_interval)));
+    spawn(Box::pin(announce(connection.clone(), engine_up.clone(), config.clone(), worker)));
     let intake = [
         tokio::spawn(daemon.clone().execute(source, engine_up.clone())),
         tokio::spawn(daemon.clone().answer_refused(refused)),
@@ -132,10 +121,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
         exit_code = signals.next() => exit_code,
         Ok(why) = unfit => { tracing::error!("{why}"); return Ok(EX_CONFIG) }
     };
-    tracing::info!(
-        running = config.max_containers - daemon.slots.free(),
-        "draining: no more requests are taken"
-    );
+    tracing::info!(jobs = daemon.jobs.len(), "draining: no more requests are taken");
     shutdown.draining.cancel();
     let drained = daemon.drain(intake, &config);
     tokio::pin!(drained);
@@ -167,6 +153,17 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     Ok(exit_code)
 }
 
+fn docker_options(config: &Config, worker: &str) -> docker::Options {
+    docker::Options {
+        instance: worker.to_owned(),
+        docker: config.docker.clone(),
+        images: config.images.clone(),
+        confinement: config.confinement.clone(),
+        call_timeout: config.engine_timeout,
+        stop_grace: config.stop_grace,
+    }
+}
+
 fn runner_options(config: &Config, worker: &str) -> runner::Options {
     runner::Options {
         worker: worker.to_owned(),
@@ -183,12 +180,8 @@ fn runner_options(config: &Config, worker: &str) -> runner::Options {
 /// A name no other instance has, that a person can place: the host's, and a part made up.
 fn instance_name() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let host: String = host
-        .trim()
-        .chars()
-        .filter(|c| c.is_ascii_alphanumeric() || *c == '-')
-        .take(32)
-        .collect();
+    let host: String =
+        host.trim().chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(32).collect();
     let unique = uuid::Uuid::now_v7().as_u64_pair().1;
     format!("{host}-{:08x}", unique & 0xffff_ffff)
 }
@@ -204,6 +197,7 @@ enum Health {
 /// The parts that take work and hand it to the runner.
 #[derive(Clone)]
 struct Daemon {
+    connection: Connection,
     runner: Arc<Runner>,
     slots: Slots,
     jobs: TaskTracker,
@@ -212,12 +206,14 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// Runs what `execute` asks for: first a healthy engine, then a slot, then a request.
+    /// Runs what `execute` asks for: a healthy engine first, then a slot, and only then is the
+    /// request taken.
     async fn execute(self, mut source: impl Source, mut engine: watch::Receiver<Health>) {
         loop {
             let Some(slot) = self
                 .unless_draining(async {
                     up(&mut engine).await;
+                    source.ready().await;
                     self.slots.take().await
                 })
                 .await
@@ -275,16 +271,11 @@ impl Daemon {
             let daemon = self.clone();
             self.jobs.spawn(async move {
                 let patience = daemon.run_slot_timeout;
-                let slot = daemon
-                    .unless_draining(daemon.slots.take_within(patience))
-                    .await;
+                let slot = daemon.unless_draining(daemon.slots.take_within(patience)).await;
                 drop(place);
                 match slot {
                     Some(Some(slot)) => {
-                        let delivery = Delivery {
-                            message,
-                            settle: Box::new(Once),
-                        };
+                        let delivery = Delivery { message, settle: Box::new(Once) };
                         daemon.runner.handle(delivery, slot).await;
                     }
                     Some(None) => {
@@ -296,23 +287,19 @@ impl Daemon {
             });
         }
         // What came in before the end of the subscription is answered, too.
-        if requests.drain().await.is_ok() {
-            while let Some(message) = requests.next().await {
-                self.refuse(received(message, Kind::Run), shutting_down());
-            }
+        for message in self.connection.unsubscribe(&mut requests).await {
+            self.refuse(received(message, Kind::Run), shutting_down());
         }
     }
 
     fn spawn_job(&self, delivery: Delivery, slot: crate::admission::Slot) {
         let runner = self.runner.clone();
-        self.jobs
-            .spawn(async move { runner.handle(delivery, slot).await });
+        self.jobs.spawn(async move { runner.handle(delivery, slot).await });
     }
 
     fn refuse(&self, message: Message, error: JobError) {
         let runner = self.runner.clone();
-        self.jobs
-            .spawn(async move { runner.refuse(message, error).await });
+        self.jobs.spawn(async move { runner.refuse(message, error).await });
     }
 
     /// The future's value, or nothing if the drain begins first.
@@ -336,22 +323,13 @@ impl Daemon {
             self.jobs.wait().await;
         };
         tokio::pin!(all_ended);
-        if tokio::time::timeout(config.shutdown_grace, &mut all_ended)
-            .await
-            .is_ok()
-        {
+        if tokio::time::timeout(config.shutdown_grace, &mut all_ended).await.is_ok() {
             return;
         }
-        tracing::warn!(
-            running = self.slots.total() - self.slots.free(),
-            "SHUTDOWN_GRACE is over: stopping what still runs"
-        );
+        tracing::warn!(jobs = self.jobs.len(), "SHUTDOWN_GRACE is over: stopping what still runs");
         self.shutdown.stopping.cancel();
         let patience = config.stop_grace + LAST_RITES;
-        if tokio::time::timeout(patience, &mut all_ended)
-            .await
-            .is_err()
-        {
+        if tokio::time::timeout(patience, &mut all_ended).await.is_err() {
             tracing::error!(
                 jobs = self.jobs.len(),
                 "jobs are still not done with; their containers are left to the next start"
@@ -368,21 +346,13 @@ fn shutting_down() -> JobError {
 }
 
 async fn up(engine: &mut watch::Receiver<Health>) {
-    if engine
-        .wait_for(|health| *health == Health::Up)
-        .await
-        .is_err()
-    {
+    if engine.wait_for(|health| *health == Health::Up).await.is_err() {
         std::future::pending::<()>().await;
     }
 }
 
 async fn down(engine: &mut watch::Receiver<Health>) {
-    if engine
-        .wait_for(|health| *health != Health::Up)
-        .await
-        .is_err()
-    {
+    if engine.wait_for(|health| *health != Health::Up).await.is_err() {
         std::future::pending::<()>().await;
     }
 }

@@ -40,10 +40,7 @@ impl Capture {
     /// A capture that keeps `limit` bytes of each stream.
     #[must_use]
     pub fn new(limit: usize) -> Self {
-        Self {
-            limit,
-            captured: Captured::default(),
-        }
+        Self { limit, captured: Captured::default() }
     }
 
     /// Takes a chunk that arrived on `stream`.
@@ -120,10 +117,7 @@ mod tests {
                 (Stream::Stdout, "d"),
             ],
         );
-        assert_eq!(
-            (c.stdout.as_slice(), c.stderr.as_slice()),
-            (&b"acd"[..], &b"B"[..])
-        );
+        assert_eq!((c.stdout.as_slice(), c.stderr.as_slice()), (&b"acd"[..], &b"B"[..]));
         assert_eq!(c.interleaved(100), (Bytes::from_static(b"aBcd"), false));
         assert_eq!(c.interleaved(3), (Bytes::from_static(b"aBc"), true));
         assert_eq!(c.interleaved(4), (Bytes::from_static(b"aBcd"), false));
@@ -131,14 +125,8 @@ mod tests {
 
     #[test]
     fn what_is_past_the_limit_is_counted_per_stream() {
-        let c = capture(
-            3,
-            &[
-                (Stream::Stdout, "abcd"),
-                (Stream::Stderr, "xy"),
-                (Stream::Stdout, "e"),
-            ],
-        );
+        let c =
+            capture(3, &[(Stream::Stdout, "abcd"), (Stream::Stderr, "xy"), (Stream::Stdout, "e")]);
         assert_eq!((c.stdout.as_slice(), c.stdout_dropped), (&b"abc"[..], 2));
         assert_eq!((c.stderr.as_slice(), c.stderr_dropped), (&b"xy"[..], 0));
         assert_eq!(c.interleaved(9), (Bytes::from_static(b"abcxy"), false));

@@ -61,14 +61,8 @@ impl FromStr for JobId {
 
     fn from_str(s: &str) -> Result<Self, InvalidJobId> {
         let fits = (1..=MAX_ID_LENGTH).contains(&s.len());
-        let clean = s
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
-        if fits && clean {
-            Ok(Self(s.to_owned()))
-        } else {
-            Err(InvalidJobId)
-        }
+        let clean = s.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
+        if fits && clean { Ok(Self(s.to_owned())) } else { Err(InvalidJobId) }
     }
 }
 
@@ -220,10 +214,7 @@ pub struct JobError {
 impl JobError {
     /// An error of this code with this message.
     pub fn new(code: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            code: Cow::Borrowed(code),
-            message: message.into(),
-        }
+        Self { code: Cow::Borrowed(code), message: message.into() }
     }
 }
 
@@ -348,9 +339,7 @@ impl Outcome {
     /// chooses such an exit code itself cannot be told apart.
     #[must_use]
     pub fn signal(&self) -> Option<i64> {
-        self.exit_code
-            .filter(|code| (129..=128 + 64).contains(code))
-            .map(|code| code - 128)
+        self.exit_code.filter(|code| (129..=128 + 64).contains(code)).map(|code| code - 128)
     }
 }
 

@@ -17,10 +17,7 @@ fn main() -> ExitCode {
     };
     start_log(&config);
     // Two libraries bring TLS along; both are to use this implementation of its ciphers.
-    if rustls::crypto::ring::default_provider()
-        .install_default()
-        .is_err()
-    {
+    if rustls::crypto::ring::default_provider().install_default().is_err() {
         tracing::debug!("a TLS provider is installed already");
     }
     match serve(config) {
@@ -33,9 +30,7 @@ fn main() -> ExitCode {
 }
 
 fn serve(config: Config) -> anyhow::Result<u8> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let code = runtime.block_on(async { app::run(config, Signals::install()?).await });
     // A credential helper that hangs must not keep the process.
     runtime.shutdown_background();
@@ -43,23 +38,17 @@ fn serve(config: Config) -> anyhow::Result<u8> {
 }
 
 fn start_log(config: &Config) {
-    // The client library reports every try to connect; this program reports every change. Who
-    // names the library in the filter gets its own words, too.
-    let quiet = if config.log_filter.contains("async_nats") {
-        ""
-    } else {
-        ",async_nats=error"
-    };
+    // The client library reports every try to connect; this program reports every change, and
+    // what the library's events say. Who names the library in the filter gets its words, too.
+    let quiet = if config.log_filter.contains("async_nats") { "" } else { ",async_nats=off" };
     let filter = format!("{}{quiet}", config.log_filter);
     // Checked with the other settings.
     let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match config.log_format {
-        LogFormat::Text => log
-            .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-            .init(),
+        LogFormat::Text => {
+            log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init()
+        }
         LogFormat::Json => log.json().init(),
     }
 }

@@ -4,20 +4,21 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use async_nats::{Client, ConnectOptions, Event, ServerAddr};
+use async_nats::{Client, ConnectOptions, Event, ServerAddr, Subscriber};
+use futures::{FutureExt, StreamExt};
 use tokio::sync::watch;
 
 use crate::config;
 use crate::retry::Backoff;
 
 /// Delays between tries to connect.
-const RECONNECT: Backoff = Backoff {
-    first: Duration::from_millis(100),
-    most: Duration::from_secs(5),
-};
+const RECONNECT: Backoff =
+    Backoff { first: Duration::from_millis(100), most: Duration::from_secs(5) };
 /// A server that is silent for two of these is gone: noticed in half a minute where TCP alone
 /// would take a quarter of an hour.
 const PING_INTERVAL: Duration = Duration::from_secs(15);
+/// How long a server may take to end a subscription.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 /// How long one try to connect may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -56,7 +57,9 @@ impl Connection {
     ) -> Result<Self, ConnectError> {
         let (state, connected) = watch::channel(false);
         let lost = Arc::new(AtomicU64::new(0));
-        let log = Arc::new(StateLog::new(state, lost.clone()));
+        let servers: Vec<ServerAddr> =
+            settings.servers.iter().filter_map(|url| url.expose().parse().ok()).collect();
+        let log = Arc::new(StateLog::new(state, lost.clone(), &servers));
         let mut options = ConnectOptions::new()
             .name(name)
             .retry_on_initial_connect()
@@ -72,10 +75,7 @@ impl Connection {
                 async move { log.observe(&event) }
             });
         if let Some(path) = &settings.creds_file {
-            options = options
-                .credentials_file(path)
-                .await
-                .map_err(ConnectError::Credentials)?;
+            options = options.credentials_file(path).await.map_err(ConnectError::Credentials)?;
         }
         if let Some(seed) = &settings.nkey_seed {
             options = options.nkey(seed.expose().to_owned());
@@ -90,21 +90,10 @@ impl Connection {
             options = options.add_root_certificates(ca.clone()).require_tls(true);
         }
         if let Some((cert, key)) = &settings.tls_client {
-            options = options
-                .add_client_certificate(cert.clone(), key.clone())
-                .require_tls(true);
+            options = options.add_client_certificate(cert.clone(), key.clone()).require_tls(true);
         }
-        let servers: Vec<ServerAddr> = settings
-            .servers
-            .iter()
-            .filter_map(|url| url.expose().parse().ok())
-            .collect();
         let client = options.connect(servers).await?;
-        Ok(Self {
-            client,
-            connected,
-            lost,
-        })
+        Ok(Self { client, connected, lost })
     }
 
     /// Waits until there is a server.
@@ -113,6 +102,29 @@ impl Connection {
             // The client is gone, and with it any hope of a connection.
             std::future::pending::<()>().await;
         }
+    }
+
+    /// Ends a subscription and yields what the server had sent before it saw the end.
+    ///
+    /// Without a server there is nothing to wait for; one that does not answer is waited for only
+    /// for a moment.
+    pub async fn unsubscribe(&self, subscriber: &mut Subscriber) -> Vec<async_nats::Message> {
+        let mut rest = Vec::new();
+        let draining = async {
+            if *self.connected.borrow() && subscriber.drain().await.is_ok() {
+                while let Some(message) = subscriber.next().await {
+                    rest.push(message);
+                }
+            }
+        };
+        if tokio::time::timeout(DRAIN_PATIENCE, draining).await.is_err() {
+            tracing::debug!("the server did not end the subscription in time");
+        }
+        // Without a server, and after a timeout: what lies in the client's channel already.
+        while let Some(Some(message)) = subscriber.next().now_or_never() {
+            rest.push(message);
+        }
+        rest
     }
 
     /// How many messages the client dropped because a subscription's reader was too slow; at
@@ -127,13 +139,13 @@ impl Connection {
     /// A flush alone ends at the socket. A request that nobody answers comes back from the server
     /// itself, behind all that went before it.
     pub async fn settle(&self, patience: Duration) {
+        if !*self.connected.borrow() {
+            return;
+        }
         let round_trip = async {
             // Either failing shows in the timeout or in the lost connection; nothing is left to do.
             let _ = self.client.flush().await;
-            let _ = self
-                .client
-                .request(self.client.new_inbox(), bytes::Bytes::new())
-                .await;
+            let _ = self.client.request(self.client.new_inbox(), bytes::Bytes::new()).await;
         };
         if tokio::time::timeout(patience, round_trip).await.is_err() {
             tracing::warn!("NATS did not confirm the last messages");
@@ -143,6 +155,8 @@ impl Connection {
 
 /// Turns the client's events into one log line per change of state.
 struct StateLog {
+    /// Hosts and ports alone: the URLs may hold passwords.
+    servers: String,
     state: watch::Sender<bool>,
     complained: AtomicBool,
     last_error: Mutex<String>,
@@ -150,8 +164,11 @@ struct StateLog {
 }
 
 impl StateLog {
-    fn new(state: watch::Sender<bool>, lost: Arc<AtomicU64>) -> Self {
+    fn new(state: watch::Sender<bool>, lost: Arc<AtomicU64>, servers: &[ServerAddr]) -> Self {
+        let hosts: Vec<String> =
+            servers.iter().map(|s| format!("{}:{}", s.host(), s.port())).collect();
         Self {
+            servers: hosts.join(","),
             state,
             complained: false.into(),
             last_error: Mutex::default(),
@@ -163,22 +180,22 @@ impl StateLog {
         match event {
             Event::Connected => {
                 self.complained.store(false, Ordering::Relaxed);
-                self.last_error
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .clear();
+                self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clear();
                 self.state.send_replace(true);
-                tracing::info!("connected to NATS");
+                tracing::info!(servers = self.servers, "connected to NATS");
             }
             Event::Disconnected => {
                 self.complained.store(true, Ordering::Relaxed);
                 if self.state.send_replace(false) {
-                    tracing::warn!("lost the connection to NATS; reconnecting");
+                    tracing::warn!(
+                        servers = self.servers,
+                        "lost the connection to NATS; reconnecting"
+                    );
                 }
             }
             Event::ClientError(error) if !*self.state.borrow() => {
                 if !self.complained.swap(true, Ordering::Relaxed) {
-                    tracing::warn!(%error, "cannot connect to NATS yet; trying on");
+                    tracing::warn!(servers = self.servers, %error, "cannot connect to NATS yet; trying on");
                 }
             }
             Event::SlowConsumer(_) => {
@@ -193,10 +210,7 @@ impl StateLog {
 
     /// The same error again is no news.
     fn error(&self, error: &str) {
-        let mut last = self
-            .last_error
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.last_error.lock().unwrap_or_else(PoisonError::into_inner);
         if *last != error {
             tracing::error!(error, "NATS");
             error.clone_into(&mut last);

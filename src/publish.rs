@@ -26,10 +26,7 @@ impl Publisher {
     /// A publisher under these subjects.
     #[must_use]
     pub fn new(connection: Connection, subjects: &Subjects) -> Self {
-        Self {
-            connection,
-            results: subjects.results.clone(),
-        }
+        Self { connection, results: subjects.results.clone() }
     }
 
     /// Publishes `outcome` along `route`. Waits for a server where there is none, for as long as
@@ -58,9 +55,8 @@ impl Publisher {
             for (name, value) in message.headers {
                 headers.insert(name, value);
             }
-            let published = client
-                .publish_with_headers(self.results.clone(), headers, message.body)
-                .await;
+            let published =
+                client.publish_with_headers(self.results.clone(), headers, message.body).await;
             if let Err(error) = published {
                 tracing::error!(%job, %error, "could not publish the result");
             }

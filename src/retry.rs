@@ -35,22 +35,10 @@ mod tests {
 
     #[test]
     fn delays_grow_to_the_bound() {
-        let backoff = Backoff {
-            first: Duration::from_millis(100),
-            most: Duration::from_secs(5),
-        };
-        for (failures, full) in [
-            (1, 100),
-            (2, 200),
-            (3, 400),
-            (7, 5000),
-            (4_000_000_000, 5000),
-        ] {
+        let backoff = Backoff { first: Duration::from_millis(100), most: Duration::from_secs(5) };
+        for (failures, full) in [(1, 100), (2, 200), (3, 400), (7, 5000), (4_000_000_000, 5000)] {
             let delay = backoff.delay(failures).as_millis();
-            assert!(
-                (full / 2..=full).contains(&delay),
-                "{failures}: {delay} ms of {full}"
-            );
+            assert!((full / 2..=full).contains(&delay), "{failures}: {delay} ms of {full}");
         }
     }
 }

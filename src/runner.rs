@@ -18,15 +18,11 @@ use crate::shutdown::Shutdown;
 use crate::source::{Delivery, Kind, Message};
 
 /// Delays between the attempts of one job.
-const ATTEMPTS: Backoff = Backoff {
-    first: Duration::from_millis(500),
-    most: Duration::from_secs(30),
-};
+const ATTEMPTS: Backoff =
+    Backoff { first: Duration::from_millis(500), most: Duration::from_secs(30) };
 /// Delays between the tries of one clean-up.
-const CLEANUPS: Backoff = Backoff {
-    first: Duration::from_millis(200),
-    most: Duration::from_secs(5),
-};
+const CLEANUPS: Backoff =
+    Backoff { first: Duration::from_millis(200), most: Duration::from_secs(5) };
 /// Tries after which a container that has stopped is left to the reaper.
 const CLEANUP_TRIES: u32 = 4;
 
@@ -103,13 +99,7 @@ impl Runner {
         shutdown: Shutdown,
         suspicions: watch::Sender<u64>,
     ) -> Self {
-        Self {
-            backend,
-            publisher,
-            options,
-            shutdown,
-            suspicions,
-        }
+        Self { backend, publisher, options, shutdown, suspicions }
     }
 
     /// Takes a delivery to its outcome. The slot is held until the container is gone.
@@ -118,7 +108,8 @@ impl Runner {
         let begun = Instant::now();
         let (job, context) = match self.decode(message, begun) {
             Ok(decoded) => decoded,
-            Err((outcome, context)) => {
+            Err(refused) => {
+                let (outcome, context) = *refused;
                 self.report(&outcome);
                 self.publish_patiently(&outcome, &context.route).await;
                 settle.done().await;
@@ -171,7 +162,8 @@ impl Runner {
         // What kind of request it is decides where the answer goes, even if it is a bad one.
         let (job, context) = match self.decode(message, now) {
             Ok(decoded) => decoded,
-            Err((outcome, context)) => {
+            Err(refused) => {
+                let (outcome, context) = *refused;
                 self.report(&outcome);
                 self.publish_patiently(&outcome, &context.route).await;
                 return;
@@ -203,10 +195,8 @@ impl Runner {
         &self,
         message: Message,
         begun: Instant,
-    ) -> Result<(Job, Context), (Outcome, Context)> {
-        let Options {
-            policy, subjects, ..
-        } = &self.options;
+    ) -> Result<(Job, Context), Box<(Outcome, Context)>> {
+        let Options { policy, subjects, .. } = &self.options;
         let id = message.message_id.as_deref();
         let decoded = request::decode(&message.payload, id, JobId::new, policy, subjects);
         let asked = match &decoded {
@@ -221,15 +211,8 @@ impl Runner {
                 })
                 .is_ok()
         });
-        let route = Route {
-            results: true,
-            replies: replies.cloned().collect(),
-        };
-        let context = Context {
-            message,
-            route,
-            begun,
-        };
+        let route = Route { results: true, replies: replies.cloned().collect() };
+        let context = Context { message, route, begun };
         match decoded {
             Ok(Request { job, .. }) => Ok((job, context)),
             Err(refusal) => {
@@ -239,14 +222,10 @@ impl Runner {
                     output: Captured::default(),
                     verdict: Verdict::Failed(Failure::Rejected(refusal.error)),
                 };
-                let limits = Limits {
-                    timeout: Duration::ZERO,
-                    memory_bytes: 0,
-                    cpus: 0.0,
-                    pids: 0,
-                };
+                let limits =
+                    Limits { timeout: Duration::ZERO, memory_bytes: 0, cpus: 0.0, pids: 0 };
                 let outcome = self.outcome(refusal.id, refusal.image, &limits, &context, attempt);
-                Err((outcome, context))
+                Err(Box::new((outcome, context)))
             }
         }
     }
@@ -360,12 +339,7 @@ impl Runner {
         context: &Context,
         attempt: Attempt,
     ) -> Outcome {
-        let Attempt {
-            started,
-            ran,
-            output,
-            verdict,
-        } = attempt;
+        let Attempt { started, ran, output, verdict } = attempt;
         let message = &context.message;
         let judged = judge(verdict, limits);
         // Where the command could not be executed there was no function, and what was said of it
@@ -376,21 +350,10 @@ impl Runner {
             id,
             image,
             status: judged.status,
-            exit_code: judged
-                .exit
-                .as_ref()
-                .filter(|_| ran_at_all)
-                .map(|exit| exit.code),
+            exit_code: judged.exit.as_ref().filter(|_| ran_at_all).map(|exit| exit.code),
             error: judged.error,
-            output: if ran_at_all {
-                output
-            } else {
-                Captured::default()
-            },
-            oom_killed: judged
-                .exit
-                .filter(|_| ran_at_all)
-                .map(|exit| exit.oom_killed),
+            output: if ran_at_all { output } else { Captured::default() },
+            oom_killed: judged.exit.filter(|_| ran_at_all).map(|exit| exit.oom_killed),
             attempt: message.attempt,
             worker: self.options.worker.clone(),
             start: started.map(|s| s.kind),
@@ -434,17 +397,9 @@ struct Judgement {
 }
 
 fn judge(verdict: Verdict, limits: &Limits) -> Judgement {
-    let done = |status, error, exit| Judgement {
-        status,
-        error,
-        exit,
-        not_started: false,
-    };
+    let done = |status, error, exit| Judgement { status, error, exit, not_started: false };
     match verdict {
-        Verdict::Exited(Exit {
-            not_started: Some(failure),
-            ..
-        }) => Judgement {
+        Verdict::Exited(Exit { not_started: Some(failure), .. }) => Judgement {
             status: failure.status(),
             error: Some(failure.error().clone()),
             exit: None,
@@ -463,19 +418,11 @@ fn judge(verdict: Verdict, limits: &Limits) -> Judgement {
         Verdict::Ended(Why::Deadline, exit) => {
             let limit = humantime::format_duration(limits.timeout);
             let message = format!("the function did not end within {limit}");
-            done(
-                Status::TimedOut,
-                Some(JobError::new(code::JOB_TIMED_OUT, message)),
-                exit,
-            )
+            done(Status::TimedOut, Some(JobError::new(code::JOB_TIMED_OUT, message)), exit)
         }
         Verdict::Ended(Why::Shutdown, exit) => {
             let message = "the worker shut down before the function ended";
-            done(
-                Status::Error,
-                Some(JobError::new(code::JOB_STOPPED, message)),
-                exit,
-            )
+            done(Status::Error, Some(JobError::new(code::JOB_STOPPED, message)), exit)
         }
         Verdict::Failed(failure) => done(failure.status(), Some(failure.error().clone()), None),
     }
@@ -483,12 +430,8 @@ fn judge(verdict: Verdict, limits: &Limits) -> Judgement {
 
 /// Whether a failure puts the engine itself in doubt.
 fn is_suspicious(failure: &Failure) -> bool {
-    [
-        code::ENGINE_UNAVAILABLE,
-        code::ENGINE_TIMEOUT,
-        code::ENGINE_ERROR,
-    ]
-    .contains(&failure.error().code.as_ref())
+    [code::ENGINE_UNAVAILABLE, code::ENGINE_TIMEOUT, code::ENGINE_ERROR]
+        .contains(&failure.error().code.as_ref())
 }
 
 /// Why a `run` request is not run.
@@ -496,8 +439,5 @@ fn is_suspicious(failure: &Failure) -> bool {
 pub fn busy(kind: Kind, patience: Duration) -> JobError {
     debug_assert_eq!(kind, Kind::Run);
     let patience = humantime::format_duration(patience);
-    JobError::new(
-        code::BUSY,
-        format!("no slot came free within {patience}; try again later"),
-    )
+    JobError::new(code::BUSY, format!("no slot came free within {patience}; try again later"))
 }

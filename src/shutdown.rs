@@ -1,6 +1,7 @@
 //! From the first signal to the last: drain, then stop, then force.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -21,7 +22,12 @@ pub struct Shutdown {
 pub struct Signals {
     term: Signal,
     int: Signal,
+    last: Option<Instant>,
 }
+
+/// Signals closer together are one request. timeout(1), for one, signals its child and then the
+/// child's whole group, which no operator means as insisting.
+const SAME_REQUEST: Duration = Duration::from_millis(50);
 
 /// The exit code of a process that was forced to end by SIGINT, by shells' convention.
 pub const EXIT_SIGINT: u8 = 128 + 2;
@@ -34,17 +40,23 @@ impl Signals {
     /// # Errors
     /// The kernel refuses the handlers.
     pub fn install() -> io::Result<Self> {
-        Ok(Self {
-            term: signal(SignalKind::terminate())?,
-            int: signal(SignalKind::interrupt())?,
-        })
+        let (term, int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        Ok(Self { term, int, last: None })
     }
 
     /// The next signal, as the exit code it stands for when it forces the end.
+    /// Cancel-safe.
     pub async fn next(&mut self) -> u8 {
-        tokio::select! {
-            _ = self.term.recv() => EXIT_SIGTERM,
-            _ = self.int.recv() => EXIT_SIGINT,
+        loop {
+            let exit_code = tokio::select! {
+                _ = self.term.recv() => EXIT_SIGTERM,
+                _ = self.int.recv() => EXIT_SIGINT,
+            };
+            let now = Instant::now();
+            let before = self.last.replace(now);
+            if before.is_none_or(|before| now - before > SAME_REQUEST) {
+                return exit_code;
+            }
         }
     }
 }

@@ -55,6 +55,8 @@ pub struct Config {
     pub stop_grace: Duration,
     /// `SHUTDOWN_GRACE`: how long running functions may go on after SIGTERM.
     pub shutdown_grace: Duration,
+    /// How the engine and the registries' credentials are found.
+    pub docker: Docker,
     /// `ENGINE_TIMEOUT`: how long one call to the engine may take.
     pub engine_timeout: Duration,
     /// `REAP_INTERVAL`: how often containers of dead instances are looked for.
@@ -82,6 +84,28 @@ pub struct Nats {
     pub tls_ca: Option<PathBuf>,
     /// `NATS_TLS_CERT` and `NATS_TLS_KEY`: PEM files for a server that verifies its clients.
     pub tls_client: Option<(PathBuf, PathBuf)>,
+}
+
+/// How the engine and the registries' credentials are found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Docker {
+    /// `DOCKER_HOST`.
+    pub host: String,
+    /// With `DOCKER_TLS_VERIFY` or an https:// address: the files in `DOCKER_CERT_PATH`.
+    pub tls: Option<DockerTls>,
+    /// `DOCKER_CONFIG`, or the home directory's `.docker`: where config.json is.
+    pub config_dir: Option<PathBuf>,
+}
+
+/// The PEM files for an engine that is reached by TLS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DockerTls {
+    /// ca.pem
+    pub ca: PathBuf,
+    /// cert.pem
+    pub cert: PathBuf,
+    /// key.pem
+    pub key: PathBuf,
 }
 
 /// Where requests come from.
@@ -177,7 +201,7 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 /// The settings as text, before they mean anything. A field per setting, by its name.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Default, Deserialize)]
 #[cfg_attr(test, derive(serde::Serialize))]
 #[serde(default)]
 struct Raw {
@@ -225,6 +249,8 @@ struct Raw {
     docker_tls_verify: Option<String>,
     docker_cert_path: Option<String>,
     docker_config: Option<String>,
+    /// Not a setting, but where one of them is looked for.
+    home: Option<String>,
 }
 
 impl Config {
@@ -236,10 +262,7 @@ impl Config {
         // A variable that is no Unicode cannot be one of ours, except by mistake: it is passed on
         // with the bad bytes replaced, so that the parser names it.
         Self::from_vars(std::env::vars_os().map(|(name, value)| {
-            (
-                name.to_string_lossy().into_owned(),
-                value.to_string_lossy().into_owned(),
-            )
+            (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned())
         }))
     }
 
@@ -251,11 +274,11 @@ impl Config {
         vars: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, ConfigError> {
         let ours = vars.into_iter().filter(|(name, value)| {
-            !value.trim().is_empty() && settings::SETTINGS.iter().any(|s| s.name == name)
+            let ours = name == "HOME" || settings::SETTINGS.iter().any(|s| s.name == name);
+            ours && !value.trim().is_empty()
         });
-        let raw: Raw = envy::from_iter(ours).map_err(|e| ConfigError {
-            problems: vec![e.to_string()],
-        })?;
+        let raw: Raw =
+            envy::from_iter(ours).map_err(|e| ConfigError { problems: vec![e.to_string()] })?;
         let mut problems = Problems::default();
         let config = Self::from_raw(raw, &mut problems);
         match problems.into_lines() {
@@ -272,22 +295,12 @@ impl Config {
             creds_file: p.readable_file("NATS_CREDS_FILE", raw.nats_creds_file),
             nkey_seed: p.nkey_seed("NATS_NKEY_SEED_FILE", raw.nats_nkey_seed_file),
             user: p
-                .pair(
-                    "NATS_USER",
-                    raw.nats_user,
-                    "NATS_PASSWORD",
-                    raw.nats_password,
-                )
+                .pair("NATS_USER", raw.nats_user, "NATS_PASSWORD", raw.nats_password)
                 .map(|(user, password)| (user, Secret::new(password))),
             token: raw.nats_token.map(Secret::new),
             tls_ca: p.readable_file("NATS_TLS_CA", raw.nats_tls_ca),
             tls_client: p
-                .pair(
-                    "NATS_TLS_CERT",
-                    raw.nats_tls_cert,
-                    "NATS_TLS_KEY",
-                    raw.nats_tls_key,
-                )
+                .pair("NATS_TLS_CERT", raw.nats_tls_cert, "NATS_TLS_KEY", raw.nats_tls_key)
                 .and_then(|(cert, key)| {
                     let cert = p.readable_file("NATS_TLS_CERT", Some(cert));
                     cert.zip(p.readable_file("NATS_TLS_KEY", Some(key)))
@@ -299,7 +312,17 @@ impl Config {
             ("NATS_USER", nats.user.is_some()),
             ("NATS_TOKEN", nats.token.is_some()),
         ]);
-        p.docker_host("DOCKER_HOST", raw.docker_host);
+        let docker_dir = raw.docker_config.map(PathBuf::from);
+        let docker_dir = docker_dir.or_else(|| Some(PathBuf::from(raw.home?).join(".docker")));
+        let host = p.docker_host("DOCKER_HOST", raw.docker_host);
+        let certs = raw.docker_cert_path.map(PathBuf::from).or_else(|| docker_dir.clone());
+        let by_tls = host.starts_with("https://")
+            || (raw.docker_tls_verify.is_some() && host.starts_with("tcp://"));
+        let docker = Docker {
+            tls: by_tls.then(|| p.docker_tls("DOCKER_CERT_PATH", certs)).flatten(),
+            host,
+            config_dir: docker_dir,
+        };
 
         let policy = Policy {
             default_timeout: p.duration("DEFAULT_TIMEOUT", raw.default_timeout),
@@ -353,6 +376,7 @@ impl Config {
             output_limit: p.size("OUTPUT_LIMIT", raw.output_limit, 0),
             stop_grace: p.duration("STOP_GRACE", raw.stop_grace),
             shutdown_grace: p.duration("SHUTDOWN_GRACE", raw.shutdown_grace),
+            docker,
             engine_timeout: p.nonzero_duration("ENGINE_TIMEOUT", raw.engine_timeout),
             reap_interval: p.nonzero_duration("REAP_INTERVAL", raw.reap_interval),
             log_format: p.choice(

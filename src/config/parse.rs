@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::Secret;
 use super::settings;
+use super::{DockerTls, Secret};
 use crate::protocol::subjects;
 
 /// What is wrong with the settings so far.
@@ -63,27 +63,21 @@ impl Problems {
         T: FromStr + PartialOrd + Display,
     {
         self.parse(name, given, |text| {
-            text.parse()
-                .ok()
-                .filter(|n| range.contains(n))
-                .ok_or_else(|| {
-                    format!(
-                        "expected a whole number from {} to {}, got {text:?}",
-                        range.start(),
-                        range.end()
-                    )
-                })
+            text.parse().ok().filter(|n| range.contains(n)).ok_or_else(|| {
+                format!(
+                    "expected a whole number from {} to {}, got {text:?}",
+                    range.start(),
+                    range.end()
+                )
+            })
         })
     }
 
     pub(super) fn cpus(&mut self, name: &'static str, given: Option<String>) -> f64 {
         self.parse(name, given, |text| {
-            text.parse()
-                .ok()
-                .filter(|n| (0.01..=1024.0).contains(n))
-                .ok_or_else(|| {
-                    format!("expected a number of processors from 0.01 to 1024, got {text:?}")
-                })
+            text.parse().ok().filter(|n| (0.01..=1024.0).contains(n)).ok_or_else(|| {
+                format!("expected a number of processors from 0.01 to 1024, got {text:?}")
+            })
         })
     }
 
@@ -95,9 +89,7 @@ impl Problems {
     ) -> T {
         self.parse(name, given, |text| {
             // 1 EiB: beyond what any engine takes, and within every integer used for sizes.
-            let bytes = parse_size::parse_size(text)
-                .ok()
-                .filter(|n| (least..=1 << 60).contains(n));
+            let bytes = parse_size::parse_size(text).ok().filter(|n| (least..=1 << 60).contains(n));
             bytes.and_then(|n| T::try_from(n).ok()).ok_or_else(|| {
                 format!("expected a size of at least {least} bytes such as 512MiB, got {text:?}")
             })
@@ -107,7 +99,9 @@ impl Problems {
     pub(super) fn duration(&mut self, name: &'static str, given: Option<String>) -> Duration {
         self.parse(name, given, |text| {
             humantime::parse_duration(text).ok().filter(|d| *d <= MAX_DURATION).ok_or_else(|| {
-                format!("expected a duration such as 500ms, 30s or 10m, a year at most, got {text:?}")
+                format!(
+                    "expected a duration such as 500ms, 30s or 10m, a year at most, got {text:?}"
+                )
             })
         })
     }
@@ -135,9 +129,7 @@ impl Problems {
         choices: &[(&str, T)],
     ) -> T {
         self.parse(name, given, |text| {
-            let found = choices
-                .iter()
-                .find(|(word, _)| word.eq_ignore_ascii_case(text));
+            let found = choices.iter().find(|(word, _)| word.eq_ignore_ascii_case(text));
             found.map(|(_, value)| *value).ok_or_else(|| {
                 let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
                 format!("expected one of {}, got {text:?}", words.join(", "))
@@ -168,16 +160,12 @@ impl Problems {
                 .map(|prefix| {
                     // `team.replies.>` and `team.replies.` mean the same; what counts is that a
                     // prefix ends between two tokens.
-                    let bare = prefix
-                        .strip_suffix(".>")
-                        .or(prefix.strip_suffix('.'))
-                        .unwrap_or(prefix);
+                    let bare =
+                        prefix.strip_suffix(".>").or(prefix.strip_suffix('.')).unwrap_or(prefix);
                     if subjects::is_literal(bare) && !bare.starts_with('$') {
                         Ok(format!("{bare}."))
                     } else {
-                        Err(format!(
-                            "expected subjects such as team.replies, got {prefix:?}"
-                        ))
+                        Err(format!("expected subjects such as team.replies, got {prefix:?}"))
                     }
                 })
                 .collect()
@@ -204,16 +192,12 @@ impl Problems {
     }
 
     pub(super) fn log_filter(&mut self, name: &'static str, given: Option<String>) -> String {
-        self.parse(
-            name,
-            given,
-            |text| match tracing_subscriber::EnvFilter::builder().parse(text) {
-                Ok(_) => Ok(text.to_owned()),
-                Err(e) => Err(format!(
-                    "expected a log filter such as info or worker_spawner=debug: {e}"
-                )),
-            },
-        )
+        self.parse(name, given, |text| match tracing_subscriber::EnvFilter::builder().parse(text) {
+            Ok(_) => Ok(text.to_owned()),
+            Err(e) => {
+                Err(format!("expected a log filter such as info or worker_spawner=debug: {e}"))
+            }
+        })
     }
 
     /// NATS servers. Nothing of a bad URL is repeated: it may hold a password.
@@ -239,21 +223,30 @@ impl Problems {
         })
     }
 
-    pub(super) fn docker_host(&mut self, name: &'static str, given: Option<String>) {
-        let Some(host) = given else { return };
-        let known = ["unix://", "tcp://", "http://", "https://"];
-        if !known
-            .iter()
-            .any(|scheme| host.starts_with(scheme) && host.len() > scheme.len())
-        {
-            self.say(
-                name,
-                format!(
-                    "expected an address that begins with one of {}",
-                    known.join(", ")
-                ),
-            );
-        }
+    pub(super) fn docker_host(&mut self, name: &'static str, given: Option<String>) -> String {
+        const SCHEMES: [&str; 4] = ["unix://", "tcp://", "http://", "https://"];
+        self.parse(name, given, |host| {
+            let known = |scheme: &&str| host.starts_with(*scheme) && host.len() > scheme.len();
+            if SCHEMES.iter().any(known) {
+                Ok(host.to_owned())
+            } else {
+                Err(format!("expected an address that begins with one of {}", SCHEMES.join(", ")))
+            }
+        })
+    }
+
+    pub(super) fn docker_tls(
+        &mut self,
+        name: &'static str,
+        dir: Option<PathBuf>,
+    ) -> Option<DockerTls> {
+        let Some(dir) = dir else {
+            self.say(name, "must name the folder with ca.pem, cert.pem and key.pem");
+            return None;
+        };
+        let [ca, cert, key] = ["ca.pem", "cert.pem", "key.pem"].map(|file| dir.join(file));
+        let readable = [&ca, &cert, &key].map(|file| self.contents(name, file).is_some());
+        readable.iter().all(|ok| *ok).then_some(DockerTls { ca, cert, key })
     }
 
     pub(super) fn readable_file(
@@ -272,10 +265,7 @@ impl Problems {
     ) -> Option<Secret> {
         let path = PathBuf::from(given?.trim());
         let text = self.contents(name, &path)?;
-        let seed = text
-            .lines()
-            .map(str::trim)
-            .find(|line| line.starts_with('S'));
+        let seed = text.lines().map(str::trim).find(|line| line.starts_with('S'));
         match seed {
             Some(seed) => Some(Secret::new(seed)),
             None => {
@@ -313,37 +303,25 @@ impl Problems {
     }
 
     pub(super) fn at_most_one(&mut self, settings: &[(&str, bool)]) {
-        let given: Vec<&str> = settings
-            .iter()
-            .filter(|(_, is_set)| *is_set)
-            .map(|(name, _)| *name)
-            .collect();
+        let given: Vec<&str> =
+            settings.iter().filter(|(_, is_set)| *is_set).map(|(name, _)| *name).collect();
         if let [first, _, ..] = given.as_slice() {
-            self.say(
-                first,
-                format!("only one of {} may be set", given.join(", ")),
-            );
+            self.say(first, format!("only one of {} may be set", given.join(", ")));
         }
     }
 }
 
 /// The parts of a comma-separated list, without empty ones.
 fn list(text: &str) -> impl Iterator<Item = &str> {
-    text.split(',')
-        .map(str::trim)
-        .filter(|part| !part.is_empty())
+    text.split(',').map(str::trim).filter(|part| !part.is_empty())
 }
 
 /// A network's name, as the engine's API spells it. Another container's network is never one.
 fn network(text: &str) -> Result<String, String> {
-    let clean = text
-        .bytes()
-        .all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
+    let clean = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
     if clean && !text.is_empty() {
         Ok(text.to_owned())
     } else {
-        Err(format!(
-            "expected a network's name, such as none or bridge, got {text:?}"
-        ))
+        Err(format!("expected a network's name, such as none or bridge, got {text:?}"))
     }
 }

@@ -13,58 +13,22 @@ pub struct Setting {
 
 /// Every setting, in the order of `.env.example`.
 pub const SETTINGS: &[Setting] = &[
-    s(
-        "NATS_URL",
-        "nats://localhost:4222",
-        "NATS servers, joined by commas; tls:// asks for TLS",
-    ),
-    s(
-        "NATS_CREDS_FILE",
-        "",
-        "Credentials file (JWT and seed) of an account user",
-    ),
+    s("NATS_URL", "nats://localhost:4222", "NATS servers, joined by commas; tls:// asks for TLS"),
+    s("NATS_CREDS_FILE", "", "Credentials file (JWT and seed) of an account user"),
     s("NATS_NKEY_SEED_FILE", "", "File with an nkey seed"),
     s("NATS_USER", "", "User name; NATS_PASSWORD goes with it"),
     s("NATS_PASSWORD", "", "Password; NATS_USER goes with it"),
     s("NATS_TOKEN", "", "Token"),
-    s(
-        "NATS_TLS_CA",
-        "",
-        "PEM file of certificate authorities, beside the system's",
-    ),
-    s(
-        "NATS_TLS_CERT",
-        "",
-        "PEM file of the client's certificate; NATS_TLS_KEY goes with it",
-    ),
-    s(
-        "NATS_TLS_KEY",
-        "",
-        "PEM file of the client's key; NATS_TLS_CERT goes with it",
-    ),
+    s("NATS_TLS_CA", "", "PEM file of certificate authorities, beside the system's"),
+    s("NATS_TLS_CERT", "", "PEM file of the client's certificate; NATS_TLS_KEY goes with it"),
+    s("NATS_TLS_KEY", "", "PEM file of the client's key; NATS_TLS_CERT goes with it"),
     s("MAX_CONTAINERS", "5", "Functions that run at once"),
     s("SUBJECT_PREFIX", "functions", "First part of every subject"),
-    s(
-        "QUEUE_GROUP",
-        "worker-spawners",
-        "Instances of one group share the requests",
-    ),
+    s("QUEUE_GROUP", "worker-spawners", "Instances of one group share the requests"),
     s("DELIVERY", "auto", "Where requests come from: auto or core"),
-    s(
-        "MAX_DELIVER",
-        "5",
-        "Attempts a job has when the infrastructure fails it",
-    ),
-    s(
-        "BUFFER_MESSAGES",
-        "65536",
-        "Requests that may wait in memory for a slot",
-    ),
-    s(
-        "BUFFER_BYTES",
-        "64MiB",
-        "Bytes of requests that may wait in memory for a slot",
-    ),
+    s("MAX_DELIVER", "5", "Attempts a job has when the infrastructure fails it"),
+    s("BUFFER_MESSAGES", "65536", "Requests that may wait in memory for a slot"),
+    s("BUFFER_BYTES", "64MiB", "Bytes of requests that may wait in memory for a slot"),
     s(
         "RUN_SLOT_TIMEOUT",
         "1s",
@@ -80,53 +44,25 @@ pub const SETTINGS: &[Setting] = &[
         "",
         "Subjects that reply_to may begin with, joined by commas; _INBOX is always allowed",
     ),
-    s(
-        "PULL_POLICY",
-        "missing",
-        "When to pull an image: missing, always or never",
-    ),
+    s("PULL_POLICY", "missing", "When to pull an image: missing, always or never"),
     s("PULL_TIMEOUT", "10m", "How long a pull may take"),
     s(
         "IMAGE_ALLOWLIST",
         "",
         "Glob patterns of the images that may run, joined by commas; empty allows all",
     ),
-    s(
-        "DEFAULT_TIMEOUT",
-        "5m",
-        "How long a function may run when its request does not say",
-    ),
+    s("DEFAULT_TIMEOUT", "5m", "How long a function may run when its request does not say"),
     s("MAX_TIMEOUT", "1h", "The longest a request may ask for"),
-    s(
-        "MEMORY_LIMIT",
-        "512MiB",
-        "Memory of a function, swap included; a request may ask for less",
-    ),
-    s(
-        "CPU_LIMIT",
-        "1",
-        "Processors of a function; a request may ask for less",
-    ),
-    s(
-        "PIDS_LIMIT",
-        "256",
-        "Processes and threads of a function; a request may ask for less",
-    ),
+    s("MEMORY_LIMIT", "512MiB", "Memory of a function, swap included; a request may ask for less"),
+    s("CPU_LIMIT", "1", "Processors of a function; a request may ask for less"),
+    s("PIDS_LIMIT", "256", "Processes and threads of a function; a request may ask for less"),
     s(
         "OUTPUT_LIMIT",
         "512KiB",
         "Bytes kept of each output stream; the rest is dropped and counted",
     ),
-    s(
-        "CONTAINER_NETWORK",
-        "none",
-        "Network of a function whose request names none",
-    ),
-    s(
-        "ALLOWED_NETWORKS",
-        "none",
-        "Networks that a request may name, joined by commas",
-    ),
+    s("CONTAINER_NETWORK", "none", "Network of a function whose request names none"),
+    s("ALLOWED_NETWORKS", "none", "Networks that a request may name, joined by commas"),
     s(
         "CONTAINER_USER",
         "",
@@ -137,57 +73,21 @@ pub const SETTINGS: &[Setting] = &[
         "",
         "OCI runtime, such as runsc or kata; empty for the engine's default",
     ),
-    s(
-        "READONLY_ROOTFS",
-        "true",
-        "Whether everything but /tmp is read-only",
-    ),
-    s(
-        "TMPFS_SIZE",
-        "256MiB",
-        "Size of /tmp, and of each tmpfs that covers an image's volume",
-    ),
-    s(
-        "STOP_GRACE",
-        "2s",
-        "How long a function has between TERM and KILL",
-    ),
-    s(
-        "SHUTDOWN_GRACE",
-        "30s",
-        "How long running functions may go on after SIGTERM",
-    ),
-    s(
-        "ENGINE_TIMEOUT",
-        "30s",
-        "How long one call to the engine may take",
-    ),
-    s(
-        "REAP_INTERVAL",
-        "1m",
-        "How often containers of dead instances are looked for",
-    ),
+    s("READONLY_ROOTFS", "true", "Whether everything but /tmp is read-only"),
+    s("TMPFS_SIZE", "256MiB", "Size of /tmp, and of each tmpfs that covers an image's volume"),
+    s("STOP_GRACE", "2s", "How long a function has between TERM and KILL"),
+    s("SHUTDOWN_GRACE", "30s", "How long running functions may go on after SIGTERM"),
+    s("ENGINE_TIMEOUT", "30s", "How long one call to the engine may take"),
+    s("REAP_INTERVAL", "1m", "How often containers of dead instances are looked for"),
     s("LOG_FORMAT", "text", "Log lines: text or json"),
-    s(
-        "RUST_LOG",
-        "info",
-        "Log level, or a filter such as worker_spawner=debug",
-    ),
+    s("RUST_LOG", "info", "Log level, or a filter such as worker_spawner=debug"),
     s(
         "DOCKER_HOST",
-        "",
-        "The engine's address: unix://, tcp:// or https://; empty for unix:///var/run/docker.sock",
+        "unix:///var/run/docker.sock",
+        "The engine's address: unix://, tcp:// or https://",
     ),
-    s(
-        "DOCKER_TLS_VERIFY",
-        "",
-        "Set to 1 for TLS with a tcp:// engine",
-    ),
-    s(
-        "DOCKER_CERT_PATH",
-        "",
-        "Folder with ca.pem, cert.pem and key.pem for the engine",
-    ),
+    s("DOCKER_TLS_VERIFY", "", "Set to 1 for TLS with a tcp:// engine"),
+    s("DOCKER_CERT_PATH", "", "Folder with ca.pem, cert.pem and key.pem for the engine"),
     s(
         "DOCKER_CONFIG",
         "",
@@ -196,17 +96,10 @@ pub const SETTINGS: &[Setting] = &[
 ];
 
 const fn s(name: &'static str, default: &'static str, help: &'static str) -> Setting {
-    Setting {
-        name,
-        default,
-        help,
-    }
+    Setting { name, default, help }
 }
 
 /// The default of the setting `name`; empty where there is none.
 pub(super) fn default_of(name: &str) -> &'static str {
-    SETTINGS
-        .iter()
-        .find(|s| s.name == name)
-        .map_or("", |s| s.default)
+    SETTINGS.iter().find(|s| s.name == name).map_or("", |s| s.default)
 }

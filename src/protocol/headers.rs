@@ -34,19 +34,10 @@ pub fn of(outcome: &Outcome, truncated: bool) -> Vec<(&'static str, String)> {
     let mut optional = |name, value: Option<String>| {
         headers.extend(value.map(|value| (name, one_line(&value))));
     };
-    optional(
-        JOB_EXIT_CODE,
-        outcome.exit_code.map(|code| code.to_string()),
-    );
+    optional(JOB_EXIT_CODE, outcome.exit_code.map(|code| code.to_string()));
     optional(JOB_IMAGE, outcome.image.clone());
-    optional(
-        JOB_ERROR,
-        outcome.error.as_ref().map(|e| e.code.to_string()),
-    );
-    optional(
-        JOB_DURATION_MS,
-        outcome.timings.total.map(|d| d.as_millis().to_string()),
-    );
+    optional(JOB_ERROR, outcome.error.as_ref().map(|e| e.code.to_string()));
+    optional(JOB_DURATION_MS, outcome.timings.total.map(|d| d.as_millis().to_string()));
     headers
 }
 
@@ -58,16 +49,10 @@ fn deduplication_id(id: &JobId) -> String {
 /// The bytes these headers take in a message: NATS' own framing, as its client protocol says.
 #[must_use]
 pub fn encoded_length(headers: &[(&'static str, String)]) -> usize {
-    let lines: usize = headers
-        .iter()
-        .map(|(name, value)| name.len() + value.len() + 4)
-        .sum();
+    let lines: usize = headers.iter().map(|(name, value)| name.len() + value.len() + 4).sum();
     "NATS/1.0\r\n".len() + lines + "\r\n".len()
 }
 
 fn one_line(value: &str) -> String {
-    value
-        .chars()
-        .map(|c| if c.is_control() { '?' } else { c })
-        .collect()
+    value.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }

@@ -30,17 +30,11 @@ pub fn result_message(outcome: &Outcome, limit: usize) -> ResultMessage {
     let (body, cut) = match &outcome.error {
         Some(error) if outcome.started_at.is_none() => {
             let message = prefix_within(&error.message, room, |_| 0);
-            (
-                Bytes::copy_from_slice(message.as_bytes()),
-                message.len() < error.message.len(),
-            )
+            (Bytes::copy_from_slice(message.as_bytes()), message.len() < error.message.len())
         }
         _ => output.interleaved(room),
     };
-    ResultMessage {
-        headers: headers::of(outcome, cut || dropped),
-        body,
-    }
+    ResultMessage { headers: headers::of(outcome, cut || dropped), body }
 }
 
 /// Why an outcome cannot be sent as JSON.
@@ -73,12 +67,9 @@ pub fn json(outcome: &Outcome, limit: usize) -> Result<Bytes, EncodeError> {
     if whole.len() <= limit {
         return Ok(whole.into());
     }
-    let bare = serde_json::to_vec(&Wire::of(outcome, &stdout.cut(0), &stderr.cut(0)))?.len();
+    let bare = serde_json::to_vec(&Wire::of(outcome, &stdout.bare(), &stderr.bare()))?.len();
     let Some(room) = limit.checked_sub(bare) else {
-        return Err(EncodeError::TooLarge {
-            needed: bare,
-            limit,
-        });
+        return Err(EncodeError::TooLarge { needed: bare, limit });
     };
     let (out, err) = (stdout.encoded_length(), stderr.encoded_length());
     let half = room / 2;
@@ -111,35 +102,26 @@ impl Text {
             Err(_) => None,
         };
         match utf8 {
-            Some(text) => Self {
-                text: text.to_owned(),
-                encoding: "utf8",
-                truncated,
-            },
-            None => Self {
-                text: BASE64.encode(bytes),
-                encoding: "base64",
-                truncated,
-            },
+            Some(text) => Self { text: text.to_owned(), encoding: "utf8", truncated },
+            None => Self { text: BASE64.encode(bytes), encoding: "base64", truncated },
         }
     }
 
+    /// Without its text. Not flagged: `false` is the longer word, so that what fits beside it fits
+    /// beside `true` as well.
+    fn bare(&self) -> Self {
+        Self { text: String::new(), encoding: self.encoding, truncated: false }
+    }
+
     fn encoded_length(&self) -> usize {
-        self.text
-            .chars()
-            .map(|c| c.len_utf8() + extra_json_bytes(c))
-            .sum()
+        self.text.chars().map(|c| c.len_utf8() + extra_json_bytes(c)).sum()
     }
 
     /// The first part of it that takes at most `room` bytes in JSON.
     fn cut(&self, room: usize) -> Self {
         let kept = prefix_within(&self.text, room, extra_json_bytes);
         // Base64 is decodable only in groups of four.
-        let length = if self.encoding == "base64" {
-            kept.len() / 4 * 4
-        } else {
-            kept.len()
-        };
+        let length = if self.encoding == "base64" { kept.len() / 4 * 4 } else { kept.len() };
         Self {
             text: self.text[..length].to_owned(),
             encoding: self.encoding,
@@ -236,10 +218,7 @@ struct WireUsage {
 impl<'a> Wire<'a> {
     fn of(outcome: &'a Outcome, stdout: &'a Text, stderr: &'a Text) -> Self {
         let (t, u) = (&outcome.timings, &outcome.usage);
-        let error = |e: &'a JobError| WireError {
-            code: &e.code,
-            message: &e.message,
-        };
+        let error = |e: &'a JobError| WireError { code: &e.code, message: &e.message };
         Self {
             id: outcome.id.as_str(),
             image: outcome.image.as_deref(),

@@ -25,10 +25,7 @@ fn outcome(stdout: &[u8], stderr: &[u8]) -> Outcome {
         queued_at: at,
         started_at: Some(at),
         finished_at: at,
-        timings: Timings {
-            total: Some(Duration::from_micros(1_234_567)),
-            ..Timings::default()
-        },
+        timings: Timings { total: Some(Duration::from_micros(1_234_567)), ..Timings::default() },
         usage: Usage::default(),
     }
 }
@@ -40,21 +37,14 @@ fn value(outcome: &Outcome, limit: usize) -> Value {
 }
 
 fn header<'a>(message: &'a ResultMessage, name: &str) -> Option<&'a str> {
-    message
-        .headers
-        .iter()
-        .find(|(n, _)| *n == name)
-        .map(|(_, v)| v.as_str())
+    message.headers.iter().find(|(n, _)| *n == name).map(|(_, v)| v.as_str())
 }
 
 #[test]
 fn json_holds_what_is_known_and_nothing_else() {
     let v = value(&outcome(b"hi\n", b"\xff\0"), 1 << 20);
     assert_eq!(v["stdout"], "hi\n");
-    assert_eq!(
-        (&v["stderr"], &v["stderr_encoding"]),
-        (&"/wA=".into(), &"base64".into())
-    );
+    assert_eq!((&v["stderr"], &v["stderr_encoding"]), (&"/wA=".into(), &"base64".into()));
     assert_eq!(v["queued_at"], "2023-11-14T22:13:20.250000Z");
     assert_eq!(v["timings_ms"]["total"], 1234.567);
     for absent in ["error", "signal", "usage"] {
@@ -67,32 +57,20 @@ fn json_holds_what_is_known_and_nothing_else() {
 fn a_character_cut_by_the_limit_leaves_a_text() {
     let mut capture = Capture::new(4);
     capture.push(Stream::Stdout, "abcé".as_bytes());
-    let outcome = Outcome {
-        output: capture.finish(),
-        ..outcome(b"", b"")
-    };
+    let outcome = Outcome { output: capture.finish(), ..outcome(b"", b"") };
     let v = value(&outcome, 1 << 20);
-    assert_eq!(
-        (&v["stdout"], &v["stdout_truncated"]),
-        (&"abc".into(), &true.into())
-    );
+    assert_eq!((&v["stdout"], &v["stdout_truncated"]), (&"abc".into(), &true.into()));
 }
 
 #[test]
 fn output_is_cut_to_the_limit_and_flagged() {
     let v = value(&outcome(&[b'x'; 5000], b"small"), 2000);
-    assert_eq!(
-        (&v["stdout_truncated"], &v["stderr_truncated"]),
-        (&true.into(), &false.into())
-    );
+    assert_eq!((&v["stdout_truncated"], &v["stderr_truncated"]), (&true.into(), &false.into()));
     assert_eq!(v["stderr"], "small");
     assert!(v["stdout"].as_str().unwrap().len() > 1000);
     let both = value(&outcome(&[1; 5000], &[0xff; 5000]), 2000);
     assert_eq!(both["stderr"].as_str().unwrap().len() % 4, 0);
-    assert!(matches!(
-        json(&outcome(b"", b""), 100),
-        Err(EncodeError::TooLarge { .. })
-    ));
+    assert!(matches!(json(&outcome(b"", b""), 100), Err(EncodeError::TooLarge { .. })));
 }
 
 #[test]
@@ -132,6 +110,8 @@ fn the_result_of_a_job_that_never_ran_is_the_message() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     #[test]
     fn no_message_is_larger_than_its_limit(
         stdout in proptest::collection::vec(any::<u8>(), 0..4000),

@@ -57,6 +57,12 @@ pub struct Refusal {
     pub error: JobError,
 }
 
+/// Does what the first decoding would otherwise do at the cost of its caller: the grammar of image
+/// references is compiled on its first use.
+pub fn warm_up() {
+    let _ = "warm-up".parse::<oci_spec::distribution::Reference>();
+}
+
 /// Decodes a request.
 ///
 /// `message_id` is the message's `Nats-Msg-Id`; `fallback_id` serves where neither it nor the body
@@ -75,22 +81,12 @@ pub fn decode(
     let object = match parse(payload) {
         Ok(object) => object,
         Err(error) => {
-            return Err(Box::new(Refusal {
-                id: outer_id(),
-                image: None,
-                reply_to: None,
-                error,
-            }));
+            return Err(Box::new(Refusal { id: outer_id(), image: None, reply_to: None, error }));
         }
     };
-    let mut fields = Fields {
-        object,
-        faults: Vec::new(),
-    };
+    let mut fields = Fields { object, faults: Vec::new() };
 
-    let id = fields.take("id", |v| {
-        text(v)?.parse::<JobId>().map_err(|e| e.to_string())
-    });
+    let id = fields.take("id", |v| text(v)?.parse::<JobId>().map_err(|e| e.to_string()));
     let reply_to = fields.take("reply_to", |v| {
         let subject = text(v)?;
         match subjects.check_reply_to(&subject, &policy.reply_prefixes) {
@@ -100,18 +96,11 @@ pub fn decode(
     });
     let image = fields.take("image_reference", image_reference);
     if image.is_none() && !fields.faulty("image_reference") {
-        fields.fault(
-            "image_reference",
-            "is required, such as \"python:3.11-slim\"",
-        );
+        fields.fault("image_reference", "is required, such as \"python:3.11-slim\"");
     }
     let args = fields.take("parameter", arguments).unwrap_or_default();
-    let env = fields
-        .take("env", |v| map(v, check_variable))
-        .unwrap_or_default();
-    let labels = fields
-        .take("labels", |v| map(v, check_label))
-        .unwrap_or_default();
+    let env = fields.take("env", |v| map(v, check_variable)).unwrap_or_default();
+    let labels = fields.take("labels", |v| map(v, check_label)).unwrap_or_default();
     let stdin = fields.take("stdin", |v| text(v).map(Bytes::from));
     let working_dir = fields.take("working_dir", working_dir);
     let user = fields.take("user", user);
@@ -137,9 +126,7 @@ pub fn decode(
                 whole(v, MIN_MEMORY_BYTES, policy.memory_bytes, "MEMORY_LIMIT")
             })
             .unwrap_or(policy.memory_bytes),
-        cpus: fields
-            .take("cpus", |v| cpus(v, policy.cpus))
-            .unwrap_or(policy.cpus),
+        cpus: fields.take("cpus", |v| cpus(v, policy.cpus)).unwrap_or(policy.cpus),
         pids: fields
             .take("pids", |v| whole(v, 1, policy.pids, "PIDS_LIMIT"))
             .unwrap_or(policy.pids),
@@ -162,17 +149,9 @@ pub fn decode(
             return Ok(Request { job, reply_to });
         }
         (Some(error), image) => (image, error),
-        (None, None) => (
-            None,
-            JobError::new(code::INVALID_FIELD, "image_reference: is required"),
-        ),
+        (None, None) => (None, JobError::new(code::INVALID_FIELD, "image_reference: is required")),
     };
-    Err(Box::new(Refusal {
-        id: id.unwrap_or_else(outer_id),
-        image,
-        reply_to,
-        error,
-    }))
+    Err(Box::new(Refusal { id: id.unwrap_or_else(outer_id), image, reply_to, error }))
 }
 
 /// The least memory an engine takes: runc refuses to start a container with less than 6 MiB.
@@ -185,10 +164,7 @@ fn parse(payload: &[u8]) -> Result<Map<String, Value>, JobError> {
             code::INVALID_JSON,
             format!("the request must be a JSON object, not {}", kind(&other)),
         )),
-        Err(e) => Err(JobError::new(
-            code::INVALID_JSON,
-            format!("the request is not JSON: {e}"),
-        )),
+        Err(e) => Err(JobError::new(code::INVALID_JSON, format!("the request is not JSON: {e}"))),
     }
 }
 
@@ -224,22 +200,15 @@ impl Fields {
     fn into_error(mut self) -> Option<JobError> {
         for name in std::mem::take(&mut self.object).keys() {
             let shown: String = name.chars().take(64).collect();
-            let why = format!(
-                "is no field of a request; the fields are {}",
-                FIELDS.join(", ")
-            );
+            let why = format!("is no field of a request; the fields are {}", FIELDS.join(", "));
             self.fault(&shown, &why);
         }
         if self.faults.is_empty() {
             return None;
         }
         // A request with thousands of wrong fields needs no message of that length.
-        let lines: Vec<String> = self
-            .faults
-            .iter()
-            .take(8)
-            .map(|(name, why)| format!("{name}: {why}"))
-            .collect();
+        let lines: Vec<String> =
+            self.faults.iter().take(8).map(|(name, why)| format!("{name}: {why}")).collect();
         Some(JobError::new(code::INVALID_FIELD, lines.join("; ")))
     }
 }
@@ -265,11 +234,7 @@ fn text(value: Value) -> Result<String, String> {
 /// Text that ends up in an argument list, where NUL ends a string.
 fn text_without_nul(value: Value) -> Result<String, String> {
     let text = text(value)?;
-    if text.contains('\0') {
-        Err("must not contain a NUL character".to_owned())
-    } else {
-        Ok(text)
-    }
+    if text.contains('\0') { Err("must not contain a NUL character".to_owned()) } else { Ok(text) }
 }
 
 fn image_reference(value: Value) -> Result<String, String> {
@@ -294,10 +259,7 @@ fn arguments(value: Value) -> Result<Vec<String>, String> {
             .map(|(at, item)| text_without_nul(item).map_err(|why| format!("item {at} {why}")))
             .collect(),
         line @ Value::String(_) => split(&text_without_nul(line)?),
-        other => Err(format!(
-            "must be a string or a list of strings, not {}",
-            kind(&other)
-        )),
+        other => Err(format!("must be a string or a list of strings, not {}", kind(&other))),
     }
 }
 
@@ -315,10 +277,7 @@ fn split(line: &str) -> Result<Vec<String>, String> {
         return Err("holds '#' together with every noncharacter; send a list instead".to_owned());
     };
     let words = shell_words::split(&line.replace('#', &stand_in.to_string())).map_err(quoting)?;
-    Ok(words
-        .into_iter()
-        .map(|word| word.replace(stand_in, "#"))
-        .collect())
+    Ok(words.into_iter().map(|word| word.replace(stand_in, "#")).collect())
 }
 
 fn map(
@@ -326,10 +285,7 @@ fn map(
     check: fn(&str, &str) -> Result<(), String>,
 ) -> Result<BTreeMap<String, String>, String> {
     let Value::Object(object) = value else {
-        return Err(format!(
-            "must be an object of strings, not {}",
-            kind(&value)
-        ));
+        return Err(format!("must be an object of strings, not {}", kind(&value)));
     };
     let entry = |(name, value): (String, Value)| {
         let value = text(value).map_err(|why| format!("{name:?} {why}"))?;
@@ -342,9 +298,7 @@ fn check_variable(name: &str, value: &str) -> Result<(), String> {
     if name.is_empty() || name.contains(['=', '\0']) {
         Err(format!("{name:?} is no name of a variable"))
     } else if value.contains('\0') {
-        Err(format!(
-            "the value of {name:?} must not contain a NUL character"
-        ))
+        Err(format!("the value of {name:?} must not contain a NUL character"))
     } else {
         Ok(())
     }
@@ -354,9 +308,7 @@ fn check_label(name: &str, _value: &str) -> Result<(), String> {
     if name.is_empty() {
         Err("a label needs a name".to_owned())
     } else if name.starts_with(RESERVED_LABEL_PREFIX) {
-        Err(format!(
-            "{name:?} begins with {RESERVED_LABEL_PREFIX:?}, which is reserved"
-        ))
+        Err(format!("{name:?} begins with {RESERVED_LABEL_PREFIX:?}, which is reserved"))
     } else {
         Ok(())
     }
@@ -364,11 +316,7 @@ fn check_label(name: &str, _value: &str) -> Result<(), String> {
 
 fn working_dir(value: Value) -> Result<String, String> {
     let dir = text_without_nul(value)?;
-    if dir.starts_with('/') {
-        Ok(dir)
-    } else {
-        Err(format!("{dir:?} must be an absolute path"))
-    }
+    if dir.starts_with('/') { Ok(dir) } else { Err(format!("{dir:?} must be an absolute path")) }
 }
 
 fn user(value: Value) -> Result<String, String> {
@@ -377,9 +325,7 @@ fn user(value: Value) -> Result<String, String> {
     if (1..=2).contains(&parts) && user.split(':').all(|part| !part.is_empty()) {
         Ok(user)
     } else {
-        Err(format!(
-            "{user:?} is none of user, uid, user:group and uid:gid"
-        ))
+        Err(format!("{user:?} is none of user, uid, user:group and uid:gid"))
     }
 }
 
@@ -390,9 +336,7 @@ fn whole(value: Value, least: u64, most: u64, setting: &str) -> Result<u64, Stri
     match number.as_u64() {
         Some(n) if n > most => Err(format!("{n} is above this worker's {setting}, {most}")),
         Some(n) if n >= least => Ok(n),
-        _ => Err(format!(
-            "must be a whole number of at least {least}, not {number}"
-        )),
+        _ => Err(format!("must be a whole number of at least {least}, not {number}")),
     }
 }
 

@@ -18,13 +18,7 @@ fn policy() -> Policy {
 
 fn decode_with(payload: &[u8], message_id: Option<&str>) -> Result<Request, Box<Refusal>> {
     let fallback = || "fallback".parse().unwrap();
-    decode(
-        payload,
-        message_id,
-        fallback,
-        &policy(),
-        &Subjects::new("functions"),
-    )
+    decode(payload, message_id, fallback, &policy(), &Subjects::new("functions"))
 }
 
 fn decoded(body: Value) -> Result<Request, Box<Refusal>> {
@@ -34,10 +28,7 @@ fn decoded(body: Value) -> Result<Request, Box<Refusal>> {
 #[test]
 fn the_smallest_request_gets_the_defaults() {
     let Request { job, reply_to } = decoded(json!({"image_reference": "python"})).unwrap();
-    assert_eq!(
-        (job.id.as_str(), job.image.as_str()),
-        ("fallback", "python")
-    );
+    assert_eq!((job.id.as_str(), job.image.as_str()), ("fallback", "python"));
     assert_eq!(job.limits.timeout, Duration::from_secs(300));
     assert_eq!((job.limits.memory_bytes, job.limits.pids), (512 << 20, 256));
     assert_eq!(job.network, "none");
@@ -60,14 +51,8 @@ fn every_field_is_read() {
     assert_eq!(job.working_dir.as_deref(), Some("/tmp"));
     assert_eq!(job.user.as_deref(), Some("1000:1000"));
     assert_eq!(job.limits.timeout, Duration::from_millis(1500));
-    assert_eq!(
-        (job.limits.memory_bytes, job.limits.cpus, job.limits.pids),
-        (16 << 20, 0.5, 8)
-    );
-    assert_eq!(
-        (job.network.as_str(), job.labels["team"].as_str()),
-        ("lan", "x")
-    );
+    assert_eq!((job.limits.memory_bytes, job.limits.cpus, job.limits.pids), (16 << 20, 0.5, 8));
+    assert_eq!((job.network.as_str(), job.labels["team"].as_str()), ("lan", "x"));
     assert_eq!(reply_to.as_deref(), Some("_INBOX.a"));
 }
 
@@ -77,17 +62,11 @@ fn a_command_line_is_split_as_a_shell_quotes() {
         ("", vec![]),
         ("  ", vec![]),
         ("echo hi", vec!["echo", "hi"]),
-        (
-            r#"python3 -c "print('Hello, World!')""#,
-            vec!["python3", "-c", "print('Hello, World!')"],
-        ),
+        (r#"python3 -c "print('Hello, World!')""#, vec!["python3", "-c", "print('Hello, World!')"]),
         (r"a\ b 'c  d' e''f", vec!["a b", "c  d", "ef"]),
         ("''", vec![""]),
         (r#""\$HOME" $HOME *"#, vec!["$HOME", "$HOME", "*"]),
-        (
-            "echo #1 '#2' \"a #b\" c#",
-            vec!["echo", "#1", "#2", "a #b", "c#"],
-        ),
+        ("echo #1 '#2' \"a #b\" c#", vec!["echo", "#1", "#2", "a #b", "c#"]),
         ("a\nb", vec!["a", "b"]),
         ("naïve 😀", vec!["naïve", "😀"]),
     ] {
@@ -99,19 +78,10 @@ fn a_command_line_is_split_as_a_shell_quotes() {
 #[test]
 fn an_id_comes_from_the_body_then_the_header() {
     let body = br#"{"image_reference": "x", "id": "body"}"#;
-    assert_eq!(
-        decode_with(body, Some("header")).unwrap().job.id.as_str(),
-        "body"
-    );
+    assert_eq!(decode_with(body, Some("header")).unwrap().job.id.as_str(), "body");
     let body = br#"{"image_reference": "x"}"#;
-    assert_eq!(
-        decode_with(body, Some("header")).unwrap().job.id.as_str(),
-        "header"
-    );
-    assert_eq!(
-        decode_with(b"{", Some("header")).unwrap_err().id.as_str(),
-        "header"
-    );
+    assert_eq!(decode_with(body, Some("header")).unwrap().job.id.as_str(), "header");
+    assert_eq!(decode_with(b"{", Some("header")).unwrap_err().id.as_str(), "header");
 }
 
 #[test]
@@ -122,23 +92,9 @@ fn null_is_absent() {
 
 #[test]
 fn what_is_no_object_is_invalid_json() {
-    for bad in [
-        &b""[..],
-        b"{",
-        b"[]",
-        b"\"x\"",
-        b"null",
-        b"\xff\xfe",
-        b"{} {}",
-        b"{'a':1}",
-    ] {
+    for bad in [&b""[..], b"{", b"[]", b"\"x\"", b"null", b"\xff\xfe", b"{} {}", b"{'a':1}"] {
         let refusal = decode_with(bad, None).unwrap_err();
-        assert_eq!(
-            refusal.error.code,
-            code::INVALID_JSON,
-            "{:?}",
-            String::from_utf8_lossy(bad)
-        );
+        assert_eq!(refusal.error.code, code::INVALID_JSON, "{:?}", String::from_utf8_lossy(bad));
     }
 }
 
@@ -203,10 +159,7 @@ fn a_wrong_field_is_named() {
 
 #[test]
 fn all_wrong_fields_are_named_at_once() {
-    let message = decoded(json!({"cpus": 9, "pids": 0}))
-        .unwrap_err()
-        .error
-        .message;
+    let message = decoded(json!({"cpus": 9, "pids": 0})).unwrap_err().error.message;
     for field in ["image_reference", "cpus", "pids"] {
         assert!(message.contains(&format!("{field}: ")), "{message}");
     }

@@ -50,9 +50,7 @@ impl Subjects {
         if !is_literal(subject) {
             return Err(ReplyRefused::NotLiteral);
         }
-        let own = subject
-            .strip_prefix(&self.prefix)
-            .is_some_and(|rest| rest.starts_with('.'));
+        let own = subject.strip_prefix(&self.prefix).is_some_and(|rest| rest.starts_with('.'));
         if subject.starts_with('$') || own {
             return Err(ReplyRefused::Reserved);
         }
@@ -67,14 +65,8 @@ impl Subjects {
     pub fn check_reply_to(&self, subject: &str, prefixes: &[String]) -> Result<(), ReplyRefused> {
         self.check_reply(subject)?;
         let allowed = subject.starts_with("_INBOX.")
-            || prefixes
-                .iter()
-                .any(|prefix| subject.starts_with(prefix.as_str()));
-        if allowed {
-            Ok(())
-        } else {
-            Err(ReplyRefused::NotAllowed)
-        }
+            || prefixes.iter().any(|prefix| subject.starts_with(prefix.as_str()));
+        if allowed { Ok(()) } else { Err(ReplyRefused::NotAllowed) }
     }
 }
 
@@ -113,11 +105,7 @@ mod tests {
             ("_INBOX.a\r\nPUB x 0", Err(ReplyRefused::NotLiteral)),
             ("", Err(ReplyRefused::NotLiteral)),
         ] {
-            assert_eq!(
-                subjects.check_reply_to(subject, &prefixes),
-                wanted,
-                "{subject:?}"
-            );
+            assert_eq!(subjects.check_reply_to(subject, &prefixes), wanted, "{subject:?}");
         }
         assert_eq!(subjects.check_reply("elsewhere"), Ok(()));
     }

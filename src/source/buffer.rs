@@ -43,22 +43,29 @@ impl State {
         self.ready.len() + self.delayed.len()
     }
 
-    /// The next message that is due, or when the first of the delayed ones will be. Those that
-    /// waited for another attempt come first: they are the oldest.
-    fn pop(&mut self) -> Result<Message, Option<Instant>> {
-        let now = Instant::now();
-        let due = self.delayed.iter().position(|(at, _)| *at <= now);
-        let message = match due {
+    /// The next message that is due. Those that waited for another attempt come first: they are
+    /// the oldest.
+    fn pop(&mut self) -> Option<Message> {
+        let message = match self.first_due() {
             Some(index) => Some(self.delayed.swap_remove(index).1),
             None => self.ready.pop_front(),
-        };
-        match message {
-            Some(message) => {
-                self.bytes -= size(&message);
-                Ok(message)
-            }
-            None => Err(self.delayed.iter().map(|(at, _)| *at).min()),
-        }
+        }?;
+        self.bytes -= size(&message);
+        Some(message)
+    }
+
+    fn first_due(&self) -> Option<usize> {
+        let now = Instant::now();
+        self.delayed.iter().position(|(at, _)| *at <= now)
+    }
+
+    fn has_due(&self) -> bool {
+        !self.ready.is_empty() || self.first_due().is_some()
+    }
+
+    /// When the first of the delayed messages will be due.
+    fn next_due(&self) -> Option<Instant> {
+        self.delayed.iter().map(|(at, _)| *at).min()
     }
 }
 
@@ -66,11 +73,7 @@ impl Buffer {
     /// An empty buffer.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self {
-            limits,
-            state: Mutex::default(),
-            changed: Notify::new(),
-        }
+        Self { limits, state: Mutex::default(), changed: Notify::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -109,15 +112,29 @@ impl Buffer {
     /// The next message that is due. Cancel-safe. For one reader.
     pub async fn pop(&self) -> Message {
         loop {
-            let next = self.state().pop();
-            let changed = self.changed.notified();
-            match next {
-                Ok(message) => return message,
-                Err(None) => changed.await,
-                Err(Some(due)) => {
-                    // Whichever comes first: both lead to another look.
-                    let _ = tokio::time::timeout_at(due, changed).await;
+            if let Some(message) = self.state().pop() {
+                return message;
+            }
+            self.ready().await;
+        }
+    }
+
+    /// Waits until there is a message that is due. Cancel-safe. For the one reader.
+    pub async fn ready(&self) {
+        loop {
+            let next_due = {
+                let state = self.state();
+                if state.has_due() {
+                    return;
                 }
+                state.next_due()
+            };
+            // One reader, and a notice that comes before it waits is kept for it.
+            let changed = self.changed.notified();
+            match next_due {
+                None => changed.await,
+                // Whichever comes first: both lead to another look.
+                Some(due) => drop(tokio::time::timeout_at(due, changed).await),
             }
         }
     }
@@ -151,9 +168,7 @@ impl Buffer {
     pub fn drain(&self) -> Vec<Message> {
         let mut state = self.state();
         state.bytes = 0;
-        let delayed = std::mem::take(&mut state.delayed)
-            .into_iter()
-            .map(|(_, message)| message);
+        let delayed = std::mem::take(&mut state.delayed).into_iter().map(|(_, message)| message);
         delayed.chain(std::mem::take(&mut state.ready)).collect()
     }
 }
@@ -188,19 +203,14 @@ mod tests {
 
     #[tokio::test]
     async fn messages_and_bytes_are_bounded() {
-        let buffer = Buffer::new(Limits {
-            messages: 2,
-            bytes: usize::MAX,
-        });
+        let buffer = Buffer::new(Limits { messages: 2, bytes: usize::MAX });
         assert!(buffer.push(message("a")).is_ok() && buffer.push(message("b")).is_ok());
         assert!(buffer.push(message("c")).is_err());
+        assert!(buffer.ready().now_or_never().is_some());
         assert_eq!(popped(&buffer).as_deref(), Some(&b"a"[..]));
         assert!(buffer.push(message("c")).is_ok());
 
-        let buffer = Buffer::new(Limits {
-            messages: 9,
-            bytes: 2 * OVERHEAD + 3,
-        });
+        let buffer = Buffer::new(Limits { messages: 9, bytes: 2 * OVERHEAD + 3 });
         assert!(buffer.push(message("abc")).is_ok());
         assert!(buffer.push(message("d")).is_err());
         assert!(buffer.push(message("")).is_ok());
@@ -210,10 +220,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_is_put_back_comes_when_it_is_due_and_first() {
-        let buffer = Buffer::new(Limits {
-            messages: 9,
-            bytes: 9000,
-        });
+        let buffer = Buffer::new(Limits { messages: 9, bytes: 9000 });
         buffer.put_back(message("late"), Duration::from_secs(60));
         buffer.put_back(message("soon"), Duration::from_secs(1));
         assert_eq!(popped(&buffer), None);
@@ -228,10 +235,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_closed_buffer_gives_back_everything() {
-        let buffer = Buffer::new(Limits {
-            messages: 9,
-            bytes: 9000,
-        });
+        let buffer = Buffer::new(Limits { messages: 9, bytes: 9000 });
         assert!(buffer.push(message("a")).is_ok());
         buffer.put_back(message("b"), Duration::from_secs(60));
         buffer.close();

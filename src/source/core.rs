@@ -43,10 +43,8 @@ impl CoreSource {
         queue_group: &str,
         limits: Limits,
     ) -> Result<(Self, mpsc::Receiver<Message>), SubscribeError> {
-        let subscriber = connection
-            .client
-            .queue_subscribe(subject.to_owned(), queue_group.to_owned())
-            .await?;
+        let subscriber =
+            connection.client.queue_subscribe(subject.to_owned(), queue_group.to_owned()).await?;
         let buffer = Arc::new(Buffer::new(limits));
         let (refused, refusals) = mpsc::channel(REFUSED_CAPACITY);
         let closing = CancellationToken::new();
@@ -58,25 +56,19 @@ impl CoreSource {
         };
         let task = tokio::spawn(intake.run(subscriber, closing.clone()));
         let intake = Some(AbortOnDropHandle::new(task));
-        Ok((
-            Self {
-                buffer,
-                intake,
-                closing,
-            },
-            refusals,
-        ))
+        Ok((Self { buffer, intake, closing }, refusals))
     }
 }
 
 #[async_trait]
 impl Source for CoreSource {
+    async fn ready(&mut self) {
+        self.buffer.ready().await;
+    }
+
     async fn next(&mut self) -> Delivery {
         let message = self.buffer.pop().await;
-        let settle = Box::new(Requeue {
-            message: message.clone(),
-            buffer: self.buffer.clone(),
-        });
+        let settle = Box::new(Requeue { message: message.clone(), buffer: self.buffer.clone() });
         Delivery { message, settle }
     }
 
@@ -110,11 +102,8 @@ impl Intake {
                 () = closing.cancelled() => break,
             }
         }
-        // What the server had sent before it saw the end of the subscription still arrives.
-        if subscriber.drain().await.is_ok() {
-            while let Some(message) = subscriber.next().await {
-                self.take(received(message, Kind::Execute));
-            }
+        for message in self.connection.clone().unsubscribe(&mut subscriber).await {
+            self.take(received(message, Kind::Execute));
         }
     }
 
@@ -127,8 +116,7 @@ impl Intake {
                 true
             }
         };
-        self.overflow
-            .observe(full, &self.buffer, self.connection.lost());
+        self.overflow.observe(full, &self.buffer, self.connection.lost());
     }
 }
 
@@ -197,10 +185,7 @@ impl Settle for Requeue {
     async fn done(self: Box<Self>) {}
 
     async fn retry(self: Box<Self>, after: Duration) {
-        let Self {
-            mut message,
-            buffer,
-        } = *self;
+        let Self { mut message, buffer } = *self;
         message.attempt += 1;
         buffer.put_back(message, after);
     }

@@ -60,6 +60,10 @@ pub trait Settle: Send {
 /// A stream of deliveries.
 #[async_trait]
 pub trait Source: Send {
+    /// Waits until there is a delivery, without taking it: who waits for work holds no slot that
+    /// others could use. Cancel-safe.
+    async fn ready(&mut self);
+
     /// The next delivery. Cancel-safe. Waits for ever when there is none.
     async fn next(&mut self) -> Delivery;
 

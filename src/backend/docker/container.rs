@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
+use bollard::Docker;
 use bollard::container::AttachContainerResults;
 use bollard::errors::Error;
 use bollard::models::ContainerInspectResponse;
@@ -45,11 +46,7 @@ impl Container {
         let unique = uuid::Uuid::now_v7().as_u64_pair().1;
         let name = format!("worker-spawner-{}-{:08x}", job.id, unique & 0xffff_ffff);
         shared.live().insert(name.clone());
-        Self {
-            shared,
-            name,
-            signalled: false.into(),
-        }
+        Self { shared, name, signalled: false.into() }
     }
 
     fn engine(&self) -> &Engine {
@@ -66,18 +63,17 @@ impl Container {
             deadline: SystemTime::now() + lifetime + DEADLINE_MARGIN,
         };
         let body = spec::create_body(job, image, &options.confinement, marks);
-        let query = CreateContainerOptions {
-            name: Some(self.name.clone()),
-            ..Default::default()
-        };
-        let create = self.engine().docker().create_container(Some(query), body);
+        let query = CreateContainerOptions { name: Some(self.name.clone()), ..Default::default() };
+        let turn = self.shared.turns.create();
+        let create = |d: Docker| async move { d.create_container(Some(query), body).await };
         let created = self.engine().call("create the container", create).await;
+        drop(turn);
         created.map(|_| ()).map_err(|e| failure(e, job))
     }
 
     /// Attaches, then starts: what a function prints in its first milliseconds is lost otherwise.
     pub(super) async fn start(&self, job: &Job) -> Result<AttachContainerResults, Failure> {
-        let docker = self.engine().docker();
+        let name = &self.name;
         let query = AttachContainerOptions {
             stream: true,
             stdin: job.stdin.is_some(),
@@ -85,10 +81,11 @@ impl Container {
             stderr: true,
             ..Default::default()
         };
-        let attach = docker.attach_container(&self.name, Some(query));
+        let attach = |d: Docker| async move { d.attach_container(name, Some(query)).await };
         let attached = self.engine().call("attach to the container", attach).await;
         let attached = attached.map_err(|e| failure(e, job))?;
-        let start = docker.start_container(&self.name, None::<StartContainerOptions>);
+        let options = None::<StartContainerOptions>;
+        let start = |d: Docker| async move { d.start_container(name, options).await };
         let started = self.engine().call("start the container", start).await;
         started.map_err(|e| failure(e, job))?;
         Ok(attached)
@@ -101,17 +98,15 @@ impl Container {
     pub(super) fn exit_code(&self) -> BoxFuture<'static, Result<i64, Failure>> {
         let (engine, name) = (self.engine().clone(), self.name.clone());
         async move {
-            let query = WaitContainerOptions {
-                condition: "not-running".to_owned(),
-            };
-            let mut exits = engine.docker().wait_container(&name, Some(query));
+            let query = WaitContainerOptions { condition: "not-running".to_owned() };
+            let mut exits = engine.docker()?.wait_container(&name, Some(query));
             match exits.next().await {
                 Some(Ok(exit)) => Ok(exit.status_code),
                 // The library's way to say that the code was not 0.
                 Some(Err(Error::DockerContainerWaitError { code, .. })) => Ok(code),
-                Some(Err(Error::DockerResponseServerError {
-                    status_code: 404, ..
-                })) => Err(vanished()),
+                Some(Err(Error::DockerResponseServerError { status_code: 404, .. })) => {
+                    Err(vanished())
+                }
                 Some(Err(_)) | None => Err(engine_lost()),
             }
         }
@@ -126,10 +121,8 @@ impl Container {
             Signal::Kill => "SIGKILL",
         };
         async move {
-            let query = KillContainerOptions {
-                signal: signal.to_owned(),
-            };
-            let kill = engine.docker().kill_container(&name, Some(query));
+            let query = KillContainerOptions { signal: signal.to_owned() };
+            let kill = |d: Docker| async move { d.kill_container(&name, Some(query)).await };
             match engine.call("signal the container", kill).await {
                 Err(e) if !e.is_not_found() && !e.is_conflict() => Err(e.into()),
                 _ => Ok(()),
@@ -146,15 +139,12 @@ impl Container {
             Ok(inspected) => inspected.state.and_then(|s| s.running).unwrap_or(true),
             Err(e) => !e.is_not_found(),
         };
-        Err(CleanupError {
-            message: error.to_string(),
-            may_be_running,
-        })
+        Err(CleanupError { message: error.to_string(), may_be_running })
     }
 
     async fn inspect(&self) -> Result<ContainerInspectResponse, CallError> {
-        let docker = self.engine().docker();
-        let inspect = docker.inspect_container(&self.name, None::<InspectContainerOptions>);
+        let query = None::<InspectContainerOptions>;
+        let inspect = |d: Docker| async move { d.inspect_container(&self.name, query).await };
         self.engine().call("inspect the container", inspect).await
     }
 
@@ -166,11 +156,7 @@ impl Container {
         init_message: Option<&[u8]>,
     ) -> Result<Exit, Failure> {
         let gone = |e: CallError| {
-            if e.is_not_found() {
-                vanished()
-            } else {
-                e.into()
-            }
+            if e.is_not_found() { vanished() } else { e.into() }
         };
         let oom = |i: &ContainerInspectResponse| {
             i.state.as_ref().and_then(|s| s.oom_killed).unwrap_or(false)
@@ -185,11 +171,7 @@ impl Container {
             inspected = self.inspect().await.map_err(gone)?;
         }
         let not_started = self.not_started(code, init_message, &inspected).await;
-        Ok(Exit {
-            code,
-            oom_killed: oom(&inspected),
-            not_started,
-        })
+        Ok(Exit { code, oom_killed: oom(&inspected), not_started })
     }
 
     /// Whether the exit is the init process' word that it could not execute the command, and not
@@ -222,28 +204,19 @@ impl Container {
         let candidates: Vec<String> = if command.starts_with('/') {
             vec![command.to_owned()]
         } else if command.contains('/') {
-            let dir = config
-                .and_then(|c| c.working_dir.as_deref())
-                .unwrap_or_default();
+            let dir = config.and_then(|c| c.working_dir.as_deref()).unwrap_or_default();
             vec![format!("{dir}/{command}")]
         } else {
             let env = config.and_then(|c| c.env.as_deref()).unwrap_or_default();
             let path = env.iter().find_map(|v| v.strip_prefix("PATH="));
-            path.unwrap_or(DEFAULT_PATH)
-                .split(':')
-                .map(|dir| format!("{dir}/{command}"))
-                .collect()
+            path.unwrap_or(DEFAULT_PATH).split(':').map(|dir| format!("{dir}/{command}")).collect()
         };
-        let docker = self.engine().docker();
         for path in candidates {
             let query = ContainerArchiveInfoOptions { path };
-            let stat = docker.get_container_archive_info(&self.name, Some(query));
-            if self
-                .engine()
-                .call("look for the command", stat)
-                .await
-                .is_ok()
-            {
+            let name = &self.name;
+            let stat =
+                |d: Docker| async move { d.get_container_archive_info(name, Some(query)).await };
+            if self.engine().call("look for the command", stat).await.is_ok() {
                 return true;
             }
         }
@@ -272,9 +245,9 @@ fn vanished() -> Failure {
 /// An engine's refusal to create or start a container, put down to whom it is due to.
 fn failure(error: CallError, job: &Job) -> Failure {
     match &error {
-        CallError::Refused {
-            status, message, ..
-        } => refusal(*status, message, job).unwrap_or_else(|| error.into()),
+        CallError::Refused { status, message, .. } => {
+            refusal(*status, message, job).unwrap_or_else(|| error.into())
+        }
         _ => error.into(),
     }
 }
@@ -288,31 +261,16 @@ fn refusal(status: u16, message: &str, job: &Job) -> Option<Failure> {
     let lower = message.to_lowercase();
     let says = |words: &[&str]| words.iter().any(|word| lower.contains(word));
     let rejected = |code, message: String| Some(Failure::Rejected(JobError::new(code, message)));
-    if says(&[
-        "unable to find user",
-        "unable to find group",
-        "no matching entries in",
-    ]) {
+    if says(&["unable to find user", "unable to find group", "no matching entries in"]) {
         let user = job.user.as_deref().unwrap_or_default();
         return rejected(code::INVALID_USER, format!("user {user:?}: {message}"));
     }
-    if says(&[
-        "cannot mkdir",
-        "working directory",
-        "chdir to cwd",
-        "mkdir /",
-    ]) {
+    if says(&["cannot mkdir", "working directory", "chdir to cwd", "mkdir /"]) {
         let dir = job.working_dir.as_deref().unwrap_or_default();
-        return rejected(
-            code::INVALID_WORKING_DIR,
-            format!("working_dir {dir:?}: {message}"),
-        );
+        return rejected(code::INVALID_WORKING_DIR, format!("working_dir {dir:?}: {message}"));
     }
-    if says(&[
-        "executable file not found",
-        "stat ",
-        "no such file or directory",
-    ]) && says(&["exec:"])
+    if says(&["executable file not found", "stat ", "no such file or directory"])
+        && says(&["exec:"])
     {
         return rejected(code::COMMAND_NOT_FOUND, message.to_owned());
     }
@@ -351,10 +309,7 @@ mod tests {
     #[test]
     fn the_init_process_own_words_are_known() {
         let not_found = b"[FATAL tini (7)] exec nosuch failed: No such file or directory\n";
-        assert_eq!(
-            init_failure(127, not_found),
-            Some(("nosuch", "No such file or directory"))
-        );
+        assert_eq!(init_failure(127, not_found), Some(("nosuch", "No such file or directory")));
         assert_eq!(init_failure(1, not_found), None);
         for said in [
             &b""[..],
@@ -364,12 +319,7 @@ mod tests {
             b"[FATAL tini (x)] exec nosuch failed: No such file or directory\n",
             b"\xff\n",
         ] {
-            assert_eq!(
-                init_failure(127, said),
-                None,
-                "{:?}",
-                String::from_utf8_lossy(said)
-            );
+            assert_eq!(init_failure(127, said), None, "{:?}", String::from_utf8_lossy(said));
         }
     }
 }

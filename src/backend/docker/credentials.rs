@@ -1,5 +1,7 @@
 //! The registries' credentials, from the Docker client's configuration and its helpers.
 
+use std::path::{Path, PathBuf};
+
 use bollard::auth::DockerCredentials;
 use docker_credential::{CredentialRetrievalError, DockerCredential};
 
@@ -13,23 +15,29 @@ const DEFAULT_REGISTRY_KEY: &str = "https://index.docker.io/v1/";
 ///
 /// # Errors
 /// Says what is wrong with the configuration. No secret is part of it.
-pub(super) async fn lookup(registry: &str) -> Result<Option<DockerCredentials>, String> {
+pub(super) async fn lookup(
+    registry: &str,
+    config_dir: Option<PathBuf>,
+) -> Result<Option<DockerCredentials>, String> {
+    let Some(file) = config_dir.map(|dir| dir.join("config.json")) else { return Ok(None) };
     let registry = registry.to_owned();
-    let found = tokio::task::spawn_blocking(move || find(&registry)).await;
+    let found = tokio::task::spawn_blocking(move || find(&registry, &file)).await;
     found.unwrap_or_else(|_| Err("looking for the registry's credentials failed".to_owned()))
 }
 
-fn find(registry: &str) -> Result<Option<DockerCredentials>, String> {
+fn find(registry: &str, file: &Path) -> Result<Option<DockerCredentials>, String> {
+    let config = match std::fs::read(file) {
+        Ok(config) => config,
+        // Most hosts have none, and a registry that needs credentials will say so itself.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(format!("cannot read {}: {e}", file.display())),
+    };
     let keys = match registry {
         "docker.io" => vec![DEFAULT_REGISTRY_KEY.to_owned()],
-        other => vec![
-            other.to_owned(),
-            format!("https://{other}"),
-            format!("http://{other}"),
-        ],
+        other => vec![other.to_owned(), format!("https://{other}"), format!("http://{other}")],
     };
     for key in keys {
-        match docker_credential::get_credential(&key) {
+        match docker_credential::get_credential_from_reader(config.as_slice(), &key) {
             Ok(DockerCredential::IdentityToken(token)) => {
                 return Ok(Some(DockerCredentials {
                     identitytoken: Some(token),
@@ -45,13 +53,7 @@ fn find(registry: &str) -> Result<Option<DockerCredentials>, String> {
                     ..DockerCredentials::default()
                 }));
             }
-            Err(
-                CredentialRetrievalError::NoCredentialConfigured
-                | CredentialRetrievalError::ConfigNotFound,
-            ) => {}
-            // The library does not tell a missing file from an unreadable one. Most hosts have
-            // none, and a registry that needs credentials will say so itself.
-            Err(CredentialRetrievalError::ConfigReadError) if !config_file_exists() => {}
+            Err(CredentialRetrievalError::NoCredentialConfigured) => {}
             // Helpers say so when they know no credentials for a server: no error for a public
             // image. Their words may hold a secret and are not repeated.
             Err(CredentialRetrievalError::HelperFailure { helper, stdout, .. }) => {
@@ -60,19 +62,10 @@ fn find(registry: &str) -> Result<Option<DockerCredentials>, String> {
                 }
             }
             Err(CredentialRetrievalError::HelperCommunicationError) => {
-                return Err(format!(
-                    "the credential helper for {registry} cannot be run"
-                ));
+                return Err(format!("the credential helper for {registry} cannot be run"));
             }
-            Err(other) => return Err(format!("the Docker configuration file: {other}")),
+            Err(other) => return Err(format!("{}: {other}", file.display())),
         }
     }
     Ok(None)
-}
-
-fn config_file_exists() -> bool {
-    let dir = std::env::var_os("DOCKER_CONFIG").map(std::path::PathBuf::from);
-    let home = || std::env::var_os("HOME").map(|home| std::path::Path::new(&home).join(".docker"));
-    dir.or_else(home)
-        .is_some_and(|dir| dir.join("config.json").exists())
 }

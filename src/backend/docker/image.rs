@@ -1,6 +1,7 @@
 //! Images: allowed or not, present or pulled, one pull at a time for one image.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -33,6 +34,8 @@ pub(super) struct Store {
     allowed: AllowList,
     policy: PullPolicy,
     pull_timeout: Duration,
+    /// Where the registries' credentials are.
+    config_dir: Option<PathBuf>,
     pulls: Arc<Mutex<HashMap<String, Pull>>>,
 }
 
@@ -40,12 +43,17 @@ pub(super) struct Store {
 type Pull = Shared<BoxFuture<'static, Result<(), Failure>>>;
 
 impl Store {
-    pub(super) fn new(engine: Engine, settings: &Images) -> anyhow::Result<Self> {
+    pub(super) fn new(
+        engine: Engine,
+        settings: &Images,
+        config_dir: Option<PathBuf>,
+    ) -> anyhow::Result<Self> {
         Ok(Self {
             engine,
             allowed: AllowList::new(&settings.allowlist)?,
             policy: settings.pull_policy,
             pull_timeout: settings.pull_timeout,
+            config_dir,
             pulls: Arc::default(),
         })
     }
@@ -85,10 +93,7 @@ impl Store {
     async fn inspect(&self, full: &str) -> Result<Image, CallError> {
         let image = self
             .engine
-            .call(
-                "inspect the image",
-                self.engine.docker().inspect_image(full),
-            )
+            .call("inspect the image", |d| async move { d.inspect_image(full).await })
             .await?;
         let config = image.config.unwrap_or_default();
         let given = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|l| !l.is_empty());
@@ -121,55 +126,51 @@ impl Store {
 
     fn begin(&self, reference: Reference) -> Pull {
         let (engine, timeout, pulls) = (self.engine.clone(), self.pull_timeout, self.pulls.clone());
+        let config_dir = self.config_dir.clone();
         let task = tokio::spawn(async move {
             let full = reference.whole();
             tracing::info!(image = %full, "pulling image");
-            let result = match tokio::time::timeout(timeout, pull(&engine, &reference)).await {
-                Ok(result) => result,
-                Err(_) => Err(Failure::Permanent(JobError::new(
-                    code::IMAGE_PULL_TIMEOUT,
-                    format!(
-                        "{full} was not pulled within PULL_TIMEOUT, {}",
-                        humantime::format_duration(timeout)
-                    ),
-                ))),
-            };
+            let result =
+                match tokio::time::timeout(timeout, pull(&engine, &reference, config_dir)).await {
+                    Ok(result) => result,
+                    Err(_) => Err(Failure::Permanent(JobError::new(
+                        code::IMAGE_PULL_TIMEOUT,
+                        format!(
+                            "{full} was not pulled within PULL_TIMEOUT, {}",
+                            humantime::format_duration(timeout)
+                        ),
+                    ))),
+                };
             match &result {
                 Ok(()) => tracing::info!(image = %full, "pulled image"),
                 Err(failure) => tracing::warn!(image = %full, %failure, "could not pull image"),
             }
-            pulls
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .remove(&full);
+            pulls.lock().unwrap_or_else(PoisonError::into_inner).remove(&full);
             result
         });
         let aborted = || JobError::new(code::IMAGE_PULL_FAILED, "the pull was abandoned");
-        async move {
-            task.await
-                .unwrap_or_else(|_| Err(Failure::Transient(aborted())))
-        }
-        .boxed()
-        .shared()
+        async move { task.await.unwrap_or_else(|_| Err(Failure::Transient(aborted()))) }
+            .boxed()
+            .shared()
     }
 }
 
-async fn pull(engine: &Engine, reference: &Reference) -> Result<(), Failure> {
-    let credentials = credentials::lookup(reference.registry())
+async fn pull(
+    engine: &Engine,
+    reference: &Reference,
+    config_dir: Option<PathBuf>,
+) -> Result<(), Failure> {
+    let credentials = credentials::lookup(reference.registry(), config_dir)
         .await
         .map_err(|why| rejected(code::IMAGE_UNAUTHORIZED, why))?;
     // The API takes the digest as a tag; where both are given, the digest decides.
     let options = CreateImageOptions {
-        from_image: Some(format!(
-            "{}/{}",
-            reference.registry(),
-            reference.repository()
-        )),
+        from_image: Some(format!("{}/{}", reference.registry(), reference.repository())),
         tag: reference.digest().or(reference.tag()).map(str::to_owned),
         ..CreateImageOptions::default()
     };
     engine
-        .docker()
+        .docker()?
         .create_image(Some(options), None, credentials)
         .try_for_each(|_progress| futures::future::ok(()))
         .await
@@ -236,27 +237,16 @@ mod tests {
                 "pull access denied for x, repository does not exist or may require 'docker login'",
                 code::IMAGE_NOT_FOUND,
             ),
-            (
-                "Head \"http://x/v2/\": no basic auth credentials",
-                code::IMAGE_UNAUTHORIZED,
-            ),
+            ("Head \"http://x/v2/\": no basic auth credentials", code::IMAGE_UNAUTHORIZED),
             (
                 "Head \"http://x/v2/\": unauthorized: authentication required",
                 code::IMAGE_UNAUTHORIZED,
             ),
-            (
-                "dial tcp 127.0.0.1:1: connect: connection refused",
-                code::IMAGE_PULL_FAILED,
-            ),
-            (
-                "received unexpected HTTP status: 503 Service Unavailable",
-                code::IMAGE_PULL_FAILED,
-            ),
+            ("dial tcp 127.0.0.1:1: connect: connection refused", code::IMAGE_PULL_FAILED),
+            ("received unexpected HTTP status: 503 Service Unavailable", code::IMAGE_PULL_FAILED),
         ] {
-            let error = Error::DockerResponseServerError {
-                status_code: 500,
-                message: text.to_owned(),
-            };
+            let error =
+                Error::DockerResponseServerError { status_code: 500, message: text.to_owned() };
             assert_eq!(classify("x:1", error).error().code, code, "{text}");
         }
     }

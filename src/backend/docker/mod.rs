@@ -9,6 +9,7 @@ mod owner;
 mod reap;
 mod reference;
 mod spec;
+mod turns;
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,7 +18,7 @@ use async_trait::async_trait;
 use bollard::query_parameters::RemoveContainerOptions;
 
 use super::{Backend, PreflightError, Run};
-use crate::config::{Confinement, Images};
+use crate::config::{self, Confinement, Images};
 use crate::job::Job;
 use engine::{CallError, Engine};
 
@@ -28,6 +29,8 @@ pub use reference::AllowList;
 pub struct Options {
     /// The instance's name, on the label of every container.
     pub instance: String,
+    /// Where the engine and the registries' credentials are.
+    pub docker: config::Docker,
     /// When to pull images, and which are allowed.
     pub images: Images,
     /// How functions are confined.
@@ -51,31 +54,22 @@ struct Shared {
     owner: owner::Identity,
     /// Names of the containers that a run still sees to.
     live: Mutex<HashSet<String>>,
-    /// Whose turn it is to remove a container.
-    removals: tokio::sync::Semaphore,
+    turns: turns::Turns,
 }
 
 impl Docker {
-    /// A backend for the engine that `DOCKER_HOST` names. Does not connect yet.
+    /// A backend for this engine. Does not connect yet.
     ///
     /// # Errors
     /// The address, or the certificates that go with it, cannot be used.
     pub fn new(options: Options) -> anyhow::Result<Self> {
-        let engine = Engine::new(options.call_timeout)?;
-        let images = image::Store::new(engine.clone(), &options.images)?;
+        let engine = Engine::new(options.docker.clone(), options.call_timeout)?;
+        let images =
+            image::Store::new(engine.clone(), &options.images, options.docker.config_dir.clone())?;
         let owner = owner::Identity::of_this_process();
         let live = Mutex::default();
-        let removals = tokio::sync::Semaphore::new(1);
-        Ok(Self {
-            shared: Arc::new(Shared {
-                engine,
-                images,
-                options,
-                owner,
-                live,
-                removals,
-            }),
-        })
+        let turns = turns::Turns::new();
+        Ok(Self { shared: Arc::new(Shared { engine, images, options, owner, live, turns }) })
     }
 }
 
@@ -87,19 +81,13 @@ impl Shared {
 
     /// Removes a container with its anonymous volumes, running or not. One that is gone is no
     /// error.
-    ///
-    /// One removal at a time: an engine's removals hold the lock that creations wait for, and
-    /// in parallel they slow one another down more than they gain.
     pub(super) async fn remove(&self, name: &str) -> Result<(), CallError> {
-        let turn = tokio::time::timeout(self.options.call_timeout, self.removals.acquire()).await;
-        let query = RemoveContainerOptions {
-            force: true,
-            v: true,
-            ..RemoveContainerOptions::default()
-        };
-        let remove = self.engine.docker().remove_container(name, Some(query));
+        let turn = self.turns.remove().await;
+        let query =
+            RemoveContainerOptions { force: true, v: true, ..RemoveContainerOptions::default() };
+        let remove =
+            |d: bollard::Docker| async move { d.remove_container(name, Some(query)).await };
         let removed = self.engine.call("remove the container", remove).await;
-        // A turn that did not come in time is no reason to keep the container.
         drop(turn);
         match removed {
             Err(e) if !e.is_not_found() => Err(e),
@@ -111,10 +99,7 @@ impl Shared {
 #[async_trait]
 impl Backend for Docker {
     async fn preflight(&self) -> Result<(), PreflightError> {
-        self.shared
-            .engine
-            .preflight(self.shared.options.confinement.runtime.as_deref())
-            .await?;
+        self.shared.engine.preflight(self.shared.options.confinement.runtime.as_deref()).await?;
         self.shared.owner.locate(&self.shared.engine).await;
         self.shared.owner.beat(&self.shared.engine).await;
         Ok(())

@@ -17,6 +17,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
+use bollard::Docker;
 use bollard::models::{ContainerInspectResponse, VolumeCreateRequest};
 use bollard::query_parameters::{InspectContainerOptions, ListVolumesOptions, RemoveVolumeOptions};
 
@@ -72,12 +73,7 @@ impl Process {
     }
 
     fn to_label(&self) -> String {
-        let Self {
-            boot_id,
-            pid_namespace,
-            pid,
-            start_ticks,
-        } = self;
+        let Self { boot_id, pid_namespace, pid, start_ticks } = self;
         format!("{boot_id}/{pid_namespace}/{pid}/{start_ticks}")
     }
 
@@ -150,14 +146,10 @@ impl Identity {
         let Some(id) = own_container().filter(|_| self.container.get().is_none()) else {
             return;
         };
-        let inspect = engine
-            .docker()
-            .inspect_container(&id, None::<InspectContainerOptions>);
-        if engine
-            .call("inspect the daemon's own container", inspect)
-            .await
-            .is_ok()
-        {
+        let query = None::<InspectContainerOptions>;
+        let own = id.as_str();
+        let inspect = |d: Docker| async move { d.inspect_container(own, query).await };
+        if engine.call("inspect the daemon's own container", inspect).await.is_ok() {
             // Set by another preflight meanwhile, it is the same.
             let _ = self.container.set(id);
         }
@@ -165,10 +157,7 @@ impl Identity {
 
     pub(super) fn labels(&self) -> Vec<(&'static str, String)> {
         let process = self.process.as_ref().map(|p| (LABEL_OWNER, p.to_label()));
-        let container = self
-            .container
-            .get()
-            .map(|id| (LABEL_OWNER_CONTAINER, id.clone()));
+        let container = self.container.get().map(|id| (LABEL_OWNER_CONTAINER, id.clone()));
         process.into_iter().chain(container).collect()
     }
 
@@ -195,7 +184,7 @@ impl Identity {
             ..VolumeCreateRequest::default()
         };
         let created = engine
-            .call("write a heartbeat", engine.docker().create_volume(request))
+            .call("write a heartbeat", |d| async move { d.create_volume(request).await })
             .await;
         match created {
             Ok(_) => self.last_beat.store(now, Ordering::Relaxed),
@@ -233,9 +222,8 @@ impl Identity {
             }
         }
         if let Some(id) = labels.get(LABEL_OWNER_CONTAINER) {
-            let inspect = engine
-                .docker()
-                .inspect_container(id, None::<InspectContainerOptions>);
+            let query = None::<InspectContainerOptions>;
+            let inspect = |d: Docker| async move { d.inspect_container(id, query).await };
             match engine.call("inspect an owner's container", inspect).await {
                 Ok(inspected) => return container_verdict(&inspected, created),
                 // It was one of this engine's when the label was written.
@@ -251,9 +239,8 @@ impl Identity {
 fn container_verdict(inspected: &ContainerInspectResponse, created: SystemTime) -> Verdict {
     let state = inspected.state.as_ref();
     let running = state.and_then(|s| s.running).unwrap_or(false);
-    let started: Option<jiff::Timestamp> = state
-        .and_then(|s| s.started_at.as_deref())
-        .and_then(|at| at.parse().ok());
+    let started: Option<jiff::Timestamp> =
+        state.and_then(|s| s.started_at.as_deref()).and_then(|at| at.parse().ok());
     match started {
         _ if !running => Verdict::Dead,
         Some(started) if SystemTime::from(started) > created => Verdict::Dead,
@@ -272,29 +259,18 @@ pub(super) struct Heartbeats {
 impl Heartbeats {
     /// Reads the engine's heartbeats, and removes those long gone silent.
     pub(super) async fn read(engine: &Engine) -> Self {
-        let mut beats = Self {
-            now: seconds(SystemTime::now()),
-            ..Self::default()
-        };
+        let mut beats = Self { now: seconds(SystemTime::now()), ..Self::default() };
         if !engine.is_remote() {
             return beats;
         }
         let filters = HashMap::from([("label".to_owned(), vec![LABEL_HEARTBEAT.to_owned()])]);
-        let query = ListVolumesOptions {
-            filters: Some(filters),
-        };
+        let query = ListVolumesOptions { filters: Some(filters) };
         let listed = engine
-            .call("list heartbeats", engine.docker().list_volumes(Some(query)))
+            .call("list heartbeats", |d| async move { d.list_volumes(Some(query)).await })
             .await;
         for volume in listed.ok().and_then(|l| l.volumes).unwrap_or_default() {
-            let owner = volume
-                .labels
-                .get(LABEL_HEARTBEAT)
-                .and_then(|l| Process::from_label(l));
-            let beat = volume
-                .labels
-                .get(LABEL_BEAT)
-                .and_then(|b| b.parse::<u64>().ok());
+            let owner = volume.labels.get(LABEL_HEARTBEAT).and_then(|l| Process::from_label(l));
+            let beat = volume.labels.get(LABEL_BEAT).and_then(|b| b.parse::<u64>().ok());
             let Some((owner, beat)) = owner.zip(beat) else {
                 continue;
             };
@@ -320,9 +296,8 @@ impl Heartbeats {
 }
 
 async fn remove_volume(engine: &Engine, name: &str) {
-    let remove = engine
-        .docker()
-        .remove_volume(name, None::<RemoveVolumeOptions>);
+    let query = None::<RemoveVolumeOptions>;
+    let remove = |d: Docker| async move { d.remove_volume(name, query).await };
     if let Err(error) = engine.call("remove a heartbeat", remove).await
         && !error.is_not_found()
     {
@@ -331,8 +306,7 @@ async fn remove_volume(engine: &Engine, name: &str) {
 }
 
 fn seconds(time: SystemTime) -> u64 {
-    time.duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs())
+    time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 #[cfg(test)]
@@ -353,20 +327,11 @@ mod tests {
     fn a_process_is_judged_by_start_time_and_namespace() {
         let this = Process::this().unwrap();
         assert_eq!(this.verdict(&this), Verdict::Alive);
-        let reused = Process {
-            start_ticks: this.start_ticks + 1,
-            ..this.clone()
-        };
+        let reused = Process { start_ticks: this.start_ticks + 1, ..this.clone() };
         assert_eq!(reused.verdict(&this), Verdict::Dead);
         for other in [
-            Process {
-                boot_id: "other".to_owned(),
-                ..this.clone()
-            },
-            Process {
-                pid_namespace: "1".to_owned(),
-                ..this.clone()
-            },
+            Process { boot_id: "other".to_owned(), ..this.clone() },
+            Process { pid_namespace: "1".to_owned(), ..this.clone() },
         ] {
             assert_eq!(other.verdict(&this), Verdict::Unknown);
         }
@@ -374,10 +339,7 @@ mod tests {
 
     #[test]
     fn a_dead_process_is_dead() {
-        let mut child = std::process::Command::new("sleep")
-            .arg("60")
-            .spawn()
-            .unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let this = Process::this().unwrap();
         let owner = Process {
             pid: child.id(),
@@ -400,15 +362,11 @@ mod tests {
     fn heartbeats_expire() {
         let owner = Process::this().unwrap();
         let expiry = HEARTBEAT_EXPIRY.as_secs();
-        for (age, verdict) in [
-            (0, Verdict::Alive),
-            (expiry, Verdict::Alive),
-            (expiry + 1, Verdict::Dead),
-        ] {
-            let beats = Heartbeats {
-                last: HashMap::from([(owner.clone(), 1000)]),
-                now: 1000 + age,
-            };
+        for (age, verdict) in
+            [(0, Verdict::Alive), (expiry, Verdict::Alive), (expiry + 1, Verdict::Dead)]
+        {
+            let beats =
+                Heartbeats { last: HashMap::from([(owner.clone(), 1000)]), now: 1000 + age };
             assert_eq!(beats.verdict(&owner), verdict, "{age} s old");
         }
         assert_eq!(Heartbeats::default().verdict(&owner), Verdict::Unknown);

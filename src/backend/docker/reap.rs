@@ -15,18 +15,12 @@ pub(super) async fn sweep(shared: &Shared) -> anyhow::Result<()> {
     let query = ListContainersOptions {
         // Failed starts leave containers that never ran.
         all: true,
-        filters: Some(HashMap::from([(
-            "label".to_owned(),
-            vec![LABEL_INSTANCE.to_owned()],
-        )])),
+        filters: Some(HashMap::from([("label".to_owned(), vec![LABEL_INSTANCE.to_owned()])])),
         ..ListContainersOptions::default()
     };
     let engine = &shared.engine;
     let containers = engine
-        .call(
-            "list containers",
-            engine.docker().list_containers(Some(query)),
-        )
+        .call("list containers", |d| async move { d.list_containers(Some(query)).await })
         .await?;
     if containers.is_empty() {
         return Ok(());
@@ -50,10 +44,7 @@ pub(super) async fn sweep(shared: &Shared) -> anyhow::Result<()> {
             }
         }
     }
-    anyhow::ensure!(
-        failures == 0,
-        "{failures} stray container(s) could not be removed"
-    );
+    anyhow::ensure!(failures == 0, "{failures} stray container(s) could not be removed");
     Ok(())
 }
 
@@ -67,18 +58,12 @@ async fn dead(
     if labels.get(LABEL_INSTANCE) == Some(&shared.options.instance) {
         let names = container.names.as_deref().unwrap_or_default();
         let live = shared.live();
-        let ours = names
-            .iter()
-            .any(|name| live.contains(name.trim_start_matches('/')));
+        let ours = names.iter().any(|name| live.contains(name.trim_start_matches('/')));
         return (!ours).then_some("no job of this instance needs it");
     }
     let created = container.created.and_then(|s| u64::try_from(s).ok());
     let created = SystemTime::UNIX_EPOCH + Duration::from_secs(created.unwrap_or(0));
-    match shared
-        .owner
-        .verdict(&shared.engine, labels, created, heartbeats)
-        .await
-    {
+    match shared.owner.verdict(&shared.engine, labels, created, heartbeats).await {
         Verdict::Alive => None,
         Verdict::Dead => Some("its instance is dead"),
         Verdict::Unknown => {

@@ -34,17 +34,13 @@ impl AllowList {
         for pattern in patterns {
             globs.add(Glob::new(&complete(pattern))?);
         }
-        Ok(Self {
-            globs: Some(globs.build()?),
-        })
+        Ok(Self { globs: Some(globs.build()?) })
     }
 
     /// Whether `reference`, in its full form, may run.
     #[must_use]
     pub fn allows(&self, reference: &str) -> bool {
-        self.globs
-            .as_ref()
-            .is_none_or(|globs| globs.is_match(reference))
+        self.globs.as_ref().is_none_or(|globs| globs.is_match(reference))
     }
 }
 
@@ -60,11 +56,7 @@ fn complete(pattern: &str) -> String {
         Some(_) => format!("{DEFAULT_REGISTRY}/{pattern}"),
     };
     let last = full.rsplit('/').next().unwrap_or_default();
-    if last.contains([':', '@']) || wild(last) {
-        full
-    } else {
-        format!("{full}:latest")
-    }
+    if last.contains([':', '@']) || wild(last) { full } else { format!("{full}:latest") }
 }
 
 #[cfg(test)]
@@ -77,25 +69,13 @@ mod tests {
         let digest = format!("sha256:{}", "a".repeat(64));
         for (short, full) in [
             ("python", "docker.io/library/python:latest".to_owned()),
-            (
-                "python:3.11-slim",
-                "docker.io/library/python:3.11-slim".to_owned(),
-            ),
+            ("python:3.11-slim", "docker.io/library/python:3.11-slim".to_owned()),
             ("team/tool", "docker.io/team/tool:latest".to_owned()),
             ("ghcr.io/team/tool:1", "ghcr.io/team/tool:1".to_owned()),
             ("localhost/tool", "localhost/tool:latest".to_owned()),
-            (
-                "127.0.0.1:5000/a/b/c",
-                "127.0.0.1:5000/a/b/c:latest".to_owned(),
-            ),
-            (
-                &format!("python@{digest}"),
-                format!("docker.io/library/python@{digest}"),
-            ),
-            (
-                &format!("python:3@{digest}"),
-                format!("docker.io/library/python:3@{digest}"),
-            ),
+            ("127.0.0.1:5000/a/b/c", "127.0.0.1:5000/a/b/c:latest".to_owned()),
+            (&format!("python@{digest}"), format!("docker.io/library/python@{digest}")),
+            (&format!("python:3@{digest}"), format!("docker.io/library/python:3@{digest}")),
         ] {
             assert_eq!(normalise(short).unwrap().whole(), full, "{short}");
         }

@@ -52,12 +52,7 @@ pub(super) fn create_body(
     ContainerCreateBody {
         image: Some(image.id.clone()),
         cmd: (!job.args.is_empty()).then(|| job.args.clone()),
-        env: Some(
-            job.env
-                .iter()
-                .map(|(name, value)| format!("{name}={value}"))
-                .collect(),
-        ),
+        env: Some(job.env.iter().map(|(name, value)| format!("{name}={value}")).collect()),
         working_dir: job.working_dir.clone(),
         user: job.user.clone().or_else(|| confinement.user.clone()),
         labels: Some(labels(job, marks)),
@@ -94,10 +89,7 @@ pub(super) fn create_body(
             tmpfs: Some(tmpfs(image, confinement.tmpfs_bytes)),
             init: Some(true),
             // Output is taken from the attached streams; a driver would write it to disk as well.
-            log_config: Some(HostConfigLogConfig {
-                typ: Some("none".to_owned()),
-                config: None,
-            }),
+            log_config: Some(HostConfigLogConfig { typ: Some("none".to_owned()), config: None }),
             runtime: confinement.runtime.clone(),
             ..HostConfig::default()
         }),
@@ -114,22 +106,15 @@ fn labels(job: &Job, marks: Marks<'_>) -> HashMap<String, String> {
     ];
     let ours = ours.into_iter().chain(marks.owner.iter().cloned());
     // Ours last: they win, though requests cannot name them.
-    job.labels
-        .clone()
-        .into_iter()
-        .chain(ours.map(|(k, v)| (k.to_owned(), v)))
-        .collect()
+    job.labels.clone().into_iter().chain(ours.map(|(k, v)| (k.to_owned(), v))).collect()
 }
 
 /// /tmp, and every volume of the image: writable, sized, in memory, gone with the container.
 fn tmpfs(image: &Image, bytes: u64) -> HashMap<String, String> {
-    let volumes = image
-        .volumes
-        .iter()
-        .map(|path| match path.trim_end_matches('/') {
-            "" => "/".to_owned(),
-            path => path.to_owned(),
-        });
+    let volumes = image.volumes.iter().map(|path| match path.trim_end_matches('/') {
+        "" => "/".to_owned(),
+        path => path.to_owned(),
+    });
     std::iter::once("/tmp".to_owned())
         .chain(volumes)
         .map(|path| (path, format!("rw,exec,nosuid,nodev,mode=1777,size={bytes}")))
@@ -137,11 +122,7 @@ fn tmpfs(image: &Image, bytes: u64) -> HashMap<String, String> {
 }
 
 fn ulimit(name: &str, (soft, hard): (i64, i64)) -> ResourcesUlimits {
-    ResourcesUlimits {
-        name: Some(name.to_owned()),
-        soft: Some(soft),
-        hard: Some(hard),
-    }
+    ResourcesUlimits { name: Some(name.to_owned()), soft: Some(soft), hard: Some(hard) }
 }
 
 fn signed(n: u64) -> i64 {
@@ -176,12 +157,7 @@ mod tests {
     }
 
     fn confinement() -> Confinement {
-        Confinement {
-            user: None,
-            runtime: None,
-            readonly_rootfs: true,
-            tmpfs_bytes: 4096,
-        }
+        Confinement { user: None, runtime: None, readonly_rootfs: true, tmpfs_bytes: 4096 }
     }
 
     fn body(job: &Job, image: &Image, confinement: &Confinement) -> ContainerCreateBody {
@@ -200,30 +176,15 @@ mod tests {
         assert_eq!(body.network_disabled, Some(true));
         assert_eq!(host.network_mode, None);
         assert_eq!(host.cap_drop, Some(vec!["ALL".to_owned()]));
-        assert_eq!(
-            host.security_opt,
-            Some(vec!["no-new-privileges:true".to_owned()])
-        );
+        assert_eq!(host.security_opt, Some(vec!["no-new-privileges:true".to_owned()]));
         assert_eq!(host.readonly_rootfs, Some(true));
-        assert_eq!(
-            (host.memory, host.memory_swap),
-            (Some(64 << 20), Some(64 << 20))
-        );
-        assert_eq!(
-            (host.cpu_quota, host.cpu_period),
-            (Some(50_000), Some(100_000))
-        );
+        assert_eq!((host.memory, host.memory_swap), (Some(64 << 20), Some(64 << 20)));
+        assert_eq!((host.cpu_quota, host.cpu_period), (Some(50_000), Some(100_000)));
         assert_eq!(host.pids_limit, Some(7));
         assert_eq!(host.init, Some(true));
         assert_eq!(host.log_config.unwrap().typ.as_deref(), Some("none"));
-        assert_eq!(
-            host.tmpfs.unwrap()["/tmp"],
-            "rw,exec,nosuid,nodev,mode=1777,size=4096"
-        );
-        assert_eq!(
-            body.healthcheck.unwrap().test,
-            Some(vec!["NONE".to_owned()])
-        );
+        assert_eq!(host.tmpfs.unwrap()["/tmp"], "rw,exec,nosuid,nodev,mode=1777,size=4096");
+        assert_eq!(body.healthcheck.unwrap().test, Some(vec!["NONE".to_owned()]));
         assert_eq!((body.open_stdin, body.tty), (Some(false), Some(false)));
         assert!(host.privileged.is_none() && host.binds.is_none() && host.cap_add.is_none());
     }
@@ -256,29 +217,17 @@ mod tests {
         let body = body(&job, &Image::default(), &confinement);
         let host = body.host_config.unwrap();
         assert_eq!(body.cmd, Some(vec!["echo".to_owned(), "a b".to_owned()]));
-        assert_eq!(
-            (body.user.as_deref(), body.working_dir.as_deref()),
-            (Some("7"), Some("/w"))
-        );
+        assert_eq!((body.user.as_deref(), body.working_dir.as_deref()), (Some("7"), Some("/w")));
         assert_eq!((body.open_stdin, body.stdin_once), (Some(true), Some(true)));
-        assert_eq!(
-            (body.network_disabled, host.network_mode.as_deref()),
-            (None, Some("lan"))
-        );
+        assert_eq!((body.network_disabled, host.network_mode.as_deref()), (None, Some("lan")));
         assert_eq!(host.runtime.as_deref(), Some("runsc"));
     }
 
     #[test]
     fn volumes_are_covered() {
-        let image = Image {
-            volumes: vec!["/data/".to_owned(), "/tmp".to_owned()],
-            ..Image::default()
-        };
-        let tmpfs = body(&job(), &image, &confinement())
-            .host_config
-            .unwrap()
-            .tmpfs
-            .unwrap();
+        let image =
+            Image { volumes: vec!["/data/".to_owned(), "/tmp".to_owned()], ..Image::default() };
+        let tmpfs = body(&job(), &image, &confinement()).host_config.unwrap().tmpfs.unwrap();
         let mut paths: Vec<&str> = tmpfs.keys().map(String::as_str).collect();
         paths.sort_unstable();
         assert_eq!(paths, ["/data", "/tmp"]);
@@ -286,9 +235,7 @@ mod tests {
 
     #[test]
     fn labels_name_job_instance_image_and_deadline() {
-        let labels = body(&job(), &Image::default(), &confinement())
-            .labels
-            .unwrap();
+        let labels = body(&job(), &Image::default(), &confinement()).labels.unwrap();
         for (name, value) in [
             (LABEL_JOB_ID, "j"),
             (LABEL_INSTANCE, "i"),

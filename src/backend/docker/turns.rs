@@ -1,0 +1,91 @@
+//! Who goes first in the engine: creations before removals, and removals one at a time.
+//!
+//! An engine creates and removes containers under one lock of its layer store. A removal holds it
+//! for some 25 ms, three times as long as a creation, and several removals at once slow one
+//! another down. So a removal waits until no creation is under way: the next job's result comes
+//! sooner, and the removal then runs beside its start, which needs no such lock. `docs/BENCHMARKS.md`
+//! has the figures.
+
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
+
+/// How long a removal waits before it looks whether a creation is under way: time for the caller
+/// who just got a result to send the next request.
+const LINGER: Duration = Duration::from_millis(2);
+/// How long creations may hold a removal up. Removals free slots: under full load they must not
+/// starve.
+const MAX_YIELD: Duration = Duration::from_millis(100);
+/// How long a removal waits for its turn: a hanging engine call must not stop the others for ever.
+const MAX_QUEUE: Duration = Duration::from_secs(10);
+
+/// The order of calls to one engine.
+#[derive(Debug)]
+pub(super) struct Turns {
+    creating: watch::Sender<usize>,
+    removing: Semaphore,
+}
+
+/// A creation under way, until dropped.
+pub(super) struct Creating<'a>(&'a Turns);
+
+impl Turns {
+    pub(super) fn new() -> Self {
+        Self { creating: watch::Sender::new(0), removing: Semaphore::new(1) }
+    }
+
+    /// Marks a creation. Never waits.
+    pub(super) fn create(&self) -> Creating<'_> {
+        self.creating.send_modify(|n| *n += 1);
+        Creating(self)
+    }
+
+    /// Waits for the turn to remove. Nothing comes back where it did not come in time: then the
+    /// removal goes ahead without one.
+    pub(super) async fn remove(&self) -> Option<SemaphorePermit<'_>> {
+        let turn = tokio::time::timeout(MAX_QUEUE, self.removing.acquire()).await.ok()?.ok()?;
+        tokio::time::sleep(LINGER).await;
+        let mut creating = self.creating.subscribe();
+        // Over either way: the wait is a courtesy.
+        let _ = tokio::time::timeout(MAX_YIELD, creating.wait_for(|n| *n == 0)).await;
+        Some(turn)
+    }
+}
+
+impl Drop for Creating<'_> {
+    fn drop(&mut self) {
+        self.0.creating.send_modify(|n| *n -= 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::Instant;
+
+    #[tokio::test(start_paused = true)]
+    async fn removals_come_one_at_a_time_and_after_creations() {
+        let turns = Turns::new();
+        let begun = Instant::now();
+        let first = turns.remove().await;
+        assert!(first.is_some() && begun.elapsed() < MAX_YIELD);
+
+        let second = turns.remove();
+        tokio::pin!(second);
+        assert!(tokio::time::timeout(Duration::from_secs(1), &mut second).await.is_err());
+        let creating = turns.create();
+        drop(first);
+        assert!(tokio::time::timeout(MAX_YIELD / 2, &mut second).await.is_err());
+        drop(creating);
+        assert!(tokio::time::timeout(MAX_YIELD / 4, &mut second).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn neither_creations_nor_a_hanging_removal_hold_one_up_for_ever() {
+        let turns = Turns::new();
+        let _creating = turns.create();
+        let hanging = turns.remove().await;
+        assert!(hanging.is_some());
+        assert!(turns.remove().await.is_none());
+    }
+}
