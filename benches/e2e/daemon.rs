@@ -43,12 +43,7 @@ impl Nats {
         let url = port_file(files.path()).await?;
         let client = async_nats::connect(&url).await?;
         let version = client.server_info().version.clone();
-        Ok(Self {
-            _server: server,
-            _files: files,
-            url,
-            version,
-        })
+        Ok(Self { _server: server, _files: files, url, version })
     }
 
     pub(crate) async fn client(&self) -> Result<async_nats::Client> {
@@ -124,43 +119,18 @@ impl Daemon {
         let pid = process.id().context("the daemon ended at once")?;
         let tail = Arc::new(Mutex::new(VecDeque::new()));
         let (ready, mut is_ready) = mpsc::channel(1);
-        follow(
-            process.stdout.take().context("no stdout")?,
-            Arc::clone(&tail),
-            ready.clone(),
-        );
-        follow(
-            process.stderr.take().context("no stderr")?,
-            Arc::clone(&tail),
-            ready,
-        );
-        let daemon = Self {
-            process,
-            pid,
-            prefix,
-            client,
-            results,
-            tail,
-            jobs_done: 0,
-            sequence: 0,
-        };
+        follow(process.stdout.take().context("no stdout")?, Arc::clone(&tail), ready.clone());
+        follow(process.stderr.take().context("no stderr")?, Arc::clone(&tail), ready);
+        let daemon =
+            Self { process, pid, prefix, client, results, tail, jobs_done: 0, sequence: 0 };
         match tokio::time::timeout(Duration::from_secs(30), is_ready.recv()).await {
             Ok(Some(())) => Ok(daemon),
-            _ => bail!(
-                "the daemon did not become ready; its last lines:\n{}",
-                daemon.last_lines()
-            ),
+            _ => bail!("the daemon did not become ready; its last lines:\n{}", daemon.last_lines()),
         }
     }
 
     pub(crate) fn last_lines(&self) -> String {
-        self.tail
-            .lock()
-            .unwrap()
-            .iter()
-            .cloned()
-            .collect::<Vec<_>>()
-            .join("\n")
+        self.tail.lock().unwrap().iter().cloned().collect::<Vec<_>>().join("\n")
     }
 
     /// Keeps `parallel` jobs under way until `jobs` have come back.
@@ -225,9 +195,7 @@ impl Daemon {
         let request = serde_json::json!({"image_reference": IMAGE, "parameter": COMMAND, "id": id})
             .to_string();
         sent.insert(id, Instant::now());
-        self.client
-            .publish(format!("{}.execute", self.prefix), request.into())
-            .await?;
+        self.client.publish(format!("{}.execute", self.prefix), request.into()).await?;
         Ok(())
     }
 
@@ -243,21 +211,13 @@ impl Daemon {
         };
         let message = message.context("the subscription ended")?;
         let header = |name: &str| {
-            message
-                .headers
-                .as_ref()
-                .and_then(|h| h.get(name))
-                .map(|v| v.as_str().to_owned())
+            message.headers.as_ref().and_then(|h| h.get(name)).map(|v| v.as_str().to_owned())
         };
         let id = header("Job-Id").context("a result without Job-Id")?;
         let good = header("Job-Status").as_deref() == Some("succeeded")
             && message.payload == PRINTED.as_bytes();
         if !good {
-            eprintln!(
-                "bench: {id} ended as {:?}: {:?}",
-                header("Job-Status"),
-                message.payload
-            );
+            eprintln!("bench: {id} ended as {:?}: {:?}", header("Job-Status"), message.payload);
         }
         Ok(Some((id, good)))
     }
@@ -267,12 +227,8 @@ impl Daemon {
     pub(crate) fn usage(&self) -> Result<Usage> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid))
             .context("the daemon is gone")?;
-        let fields: Vec<&str> = stat
-            .rsplit_once(')')
-            .context("stat")?
-            .1
-            .split_whitespace()
-            .collect();
+        let fields: Vec<&str> =
+            stat.rsplit_once(')').context("stat")?.1.split_whitespace().collect();
         let ticks = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid))?;
         let field = |name: &str| {
@@ -292,10 +248,7 @@ impl Daemon {
 
     /// Stops the daemon as an operator would, and waits for it.
     pub(crate) async fn stop(mut self) {
-        let terminated = Command::new("kill")
-            .arg(self.pid.to_string())
-            .status()
-            .await;
+        let terminated = Command::new("kill").arg(self.pid.to_string()).status().await;
         if terminated.is_ok() {
             let _ = tokio::time::timeout(Duration::from_secs(40), self.process.wait()).await;
         }
@@ -325,12 +278,8 @@ fn follow(
 
 fn says_ready(line: &str) -> bool {
     serde_json::from_str::<serde_json::Value>(line).is_ok_and(|entry| {
-        [
-            &entry["message"],
-            &entry["fields"]["message"],
-            &entry["msg"],
-        ]
-        .iter()
-        .any(|m| m.as_str() == Some("ready"))
+        [&entry["message"], &entry["fields"]["message"], &entry["msg"]]
+            .iter()
+            .any(|m| m.as_str() == Some("ready"))
     })
 }

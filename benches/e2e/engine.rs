@@ -36,10 +36,8 @@ pub(crate) struct Engine(Docker);
 impl Engine {
     pub(crate) async fn connect() -> Result<Self> {
         let docker = Docker::connect_with_defaults().context("no Docker client")?;
-        let docker = docker
-            .negotiate_version()
-            .await
-            .context("the Docker engine does not answer")?;
+        let docker =
+            docker.negotiate_version().await.context("the Docker engine does not answer")?;
         Ok(Self(docker))
     }
 
@@ -52,9 +50,7 @@ impl Engine {
             version.version.unwrap_or_default(),
             version.api_version.unwrap_or_default(),
             info.driver.unwrap_or_default(),
-            info.cgroup_version
-                .map(|v| v.to_string())
-                .unwrap_or_default(),
+            info.cgroup_version.map(|v| v.to_string()).unwrap_or_default(),
             info.default_runtime.unwrap_or_default(),
             info.kernel_version.unwrap_or_default(),
             info.ncpu.unwrap_or_default(),
@@ -81,11 +77,7 @@ impl Engine {
             .stdout(Stdio::null())
             .spawn()
             .context("docker: the command line client is one of the contenders")?;
-        import
-            .stdin
-            .take()
-            .context("no stdin")?
-            .write_all(&archive)?;
+        import.stdin.take().context("no stdin")?.write_all(&archive)?;
         ensure!(import.wait()?.success(), "docker import failed");
         Ok(())
     }
@@ -93,23 +85,12 @@ impl Engine {
     /// The floor: what any client has to ask of the engine for one job, in the order that loses no output.
     pub(crate) async fn run_bare(&self, body: ContainerCreateBody) -> Result<Timing> {
         let started = Instant::now();
-        let id = self
-            .0
-            .create_container(None::<CreateContainerOptions>, body)
-            .await?
-            .id;
-        let attach = AttachContainerOptionsBuilder::default()
-            .stdout(true)
-            .stderr(true)
-            .stream(true)
-            .build();
+        let id = self.0.create_container(None::<CreateContainerOptions>, body).await?.id;
+        let attach =
+            AttachContainerOptionsBuilder::default().stdout(true).stderr(true).stream(true).build();
         let mut attached = self.0.attach_container(&id, Some(attach)).await?;
-        self.0
-            .start_container(&id, None::<StartContainerOptions>)
-            .await?;
-        let wait = WaitContainerOptionsBuilder::default()
-            .condition("not-running")
-            .build();
+        self.0.start_container(&id, None::<StartContainerOptions>).await?;
+        let wait = WaitContainerOptionsBuilder::default().condition("not-running").build();
         let mut wait = std::pin::pin!(self.0.wait_container(&id, Some(wait)));
         let drain = async {
             let mut output = Vec::new();
@@ -125,36 +106,22 @@ impl Engine {
         self.0
             .remove_container(
                 &id,
-                Some(
-                    RemoveContainerOptionsBuilder::default()
-                        .force(true)
-                        .v(true)
-                        .build(),
-                ),
+                Some(RemoveContainerOptionsBuilder::default().force(true).v(true).build()),
             )
             .await?;
         let to_removed = started.elapsed();
-        ensure!(
-            code == 0 && output == PRINTED.as_bytes(),
-            "bare: exit {code}, output {output:?}"
-        );
-        Ok(Timing {
-            to_result,
-            to_removed,
-        })
+        ensure!(code == 0 && output == PRINTED.as_bytes(), "bare: exit {code}, output {output:?}");
+        Ok(Timing { to_result, to_removed })
     }
 
     async fn containers(&self) -> Result<Vec<String>> {
         let filters = HashMap::from([("ancestor", vec![IMAGE])]);
-        let options = ListContainersOptionsBuilder::default()
-            .all(true)
-            .filters(&filters)
-            .build();
+        let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
         match self.0.list_containers(Some(options)).await {
             Ok(list) => Ok(list.into_iter().filter_map(|c| c.id).collect()),
-            Err(bollard::errors::Error::DockerResponseServerError {
-                status_code: 404, ..
-            }) => Ok(Vec::new()),
+            Err(bollard::errors::Error::DockerResponseServerError { status_code: 404, .. }) => {
+                Ok(Vec::new())
+            }
             Err(error) => Err(error.into()),
         }
     }
@@ -168,10 +135,7 @@ impl Engine {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!(
-                    "{} containers were still there 30 s after the last result",
-                    left.len()
-                );
+                bail!("{} containers were still there 30 s after the last result", left.len());
             }
             tokio::time::sleep(Duration::from_millis(3)).await;
         }
@@ -180,10 +144,7 @@ impl Engine {
     /// Removes every container of the benchmark's image, then the image.
     pub(crate) async fn sweep(&self) {
         for id in self.containers().await.unwrap_or_default() {
-            let options = RemoveContainerOptionsBuilder::default()
-                .force(true)
-                .v(true)
-                .build();
+            let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
             if let Err(error) = self.0.remove_container(&id, Some(options)).await {
                 eprintln!("bench: container {id} was not removed: {error}");
             }
@@ -191,9 +152,7 @@ impl Engine {
         let options = RemoveImageOptionsBuilder::default().force(true).build();
         match self.0.remove_image(IMAGE, Some(options), None).await {
             Ok(_)
-            | Err(bollard::errors::Error::DockerResponseServerError {
-                status_code: 404, ..
-            }) => {}
+            | Err(bollard::errors::Error::DockerResponseServerError { status_code: 404, .. }) => {}
             Err(error) => eprintln!("bench: image {IMAGE} was not removed: {error}"),
         }
     }
@@ -238,10 +197,7 @@ pub(crate) fn confined() -> ContainerCreateBody {
             pids_limit: Some(256),
             init: Some(true),
             ulimits: Some(vec![ulimit("nofile", 1024), ulimit("core", 0)]),
-            log_config: Some(HostConfigLogConfig {
-                typ: Some("none".to_owned()),
-                config: None,
-            }),
+            log_config: Some(HostConfigLogConfig { typ: Some("none".to_owned()), config: None }),
             ..Default::default()
         }),
         ..minimal()
@@ -254,10 +210,6 @@ fn pack(root: &Path) -> Result<Vec<u8>> {
         .arg(root)
         .args(["--owner=0", "--group=0", "-cf", "-", "."])
         .output()?;
-    ensure!(
-        tar.status.success(),
-        "tar failed: {}",
-        String::from_utf8_lossy(&tar.stderr)
-    );
+    ensure!(tar.status.success(), "tar failed: {}", String::from_utf8_lossy(&tar.stderr));
     Ok(tar.stdout)
 }

@@ -148,11 +148,8 @@ fn main() -> ExitCode {
             return ExitCode::from(64);
         }
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let outcome = runtime.block_on(guarded(&options));
     runtime.shutdown_timeout(Duration::from_secs(2));
     match outcome {
@@ -211,10 +208,7 @@ async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
 
     eprintln!("bench: warm-up");
     for parallel in PARALLEL {
-        for contender in Contender::all()
-            .into_iter()
-            .filter(|c| c.takes_part(parallel, options))
-        {
+        for contender in Contender::all().into_iter().filter(|c| c.takes_part(parallel, options)) {
             block(engine, &mut daemons, contender, parallel, 2 * parallel).await?;
         }
     }
@@ -235,18 +229,11 @@ async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
             let mut order = Contender::all();
             let by = round % order.len();
             order.rotate_left(by);
-            for contender in order
-                .into_iter()
-                .filter(|c| c.takes_part(parallel, options))
-            {
+            for contender in order.into_iter().filter(|c| c.takes_part(parallel, options)) {
                 let block = block(engine, &mut daemons, contender, parallel, jobs).await?;
                 measured.lost += block.lost;
                 measured.wrong += block.wrong;
-                measured
-                    .blocks
-                    .entry((contender, parallel))
-                    .or_default()
-                    .push(block);
+                measured.blocks.entry((contender, parallel)).or_default().push(block);
             }
         }
         measured.rounds += 1;
@@ -267,11 +254,7 @@ async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
         };
         if slots > 1 {
             // The same daemon goes on, so that the figures are points on one line.
-            for mark in if options.long {
-                &[200, 1000, 2000][..]
-            } else {
-                &[200][..]
-            } {
+            for mark in if options.long { &[200, 1000, 2000][..] } else { &[200][..] } {
                 let missing = mark.max(&daemon.jobs_done) - daemon.jobs_done;
                 eprintln!("bench: up to {mark} jobs, {missing} to go");
                 let batch = daemon.run(missing, slots).await?;
@@ -320,11 +303,8 @@ async fn block(
     let mut block = Block::default();
     match contender {
         Contender::Daemon => {
-            let batch = daemons
-                .get_mut(&parallel)
-                .context("no daemon")?
-                .run(jobs, parallel)
-                .await?;
+            let batch =
+                daemons.get_mut(&parallel).context("no daemon")?.run(jobs, parallel).await?;
             block.latency = Samples::of(&batch.latencies);
             (block.lost, block.wrong) = (batch.lost, batch.wrong);
         }
@@ -351,11 +331,8 @@ async fn block(
                 removed(&each(jobs, parallel, || command_line(&["--network", "none"])).await?);
         }
         Contender::Bare | Contender::BareConfined => {
-            let body = if contender == Contender::Bare {
-                engine::minimal()
-            } else {
-                engine::confined()
-            };
+            let body =
+                if contender == Contender::Bare { engine::minimal() } else { engine::confined() };
             let timings = each(jobs, parallel, || engine.run_bare(body.clone())).await?;
             block.latency = removed(&timings);
             block.to_result = Samples::of(&timings.iter().map(|t| t.to_result).collect::<Vec<_>>());
@@ -406,10 +383,7 @@ async fn command_line(options: &[&str]) -> Result<Timing> {
         run.status,
         String::from_utf8_lossy(&run.stderr)
     );
-    Ok(Timing {
-        to_result: took,
-        to_removed: took,
-    })
+    Ok(Timing { to_result: took, to_removed: took })
 }
 
 fn load_average() -> String {

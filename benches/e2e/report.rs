@@ -16,11 +16,7 @@ struct Ratio {
 
 pub(crate) fn markdown(measured: &Measured) -> String {
     let mut out = String::new();
-    let _ = writeln!(
-        out,
-        "Environment: {}. {} rounds.\n",
-        measured.environment, measured.rounds
-    );
+    let _ = writeln!(out, "Environment: {}. {} rounds.\n", measured.environment, measured.rounds);
     goals(&mut out, measured);
     table(&mut out, measured);
     ratios(&mut out, measured);
@@ -34,10 +30,7 @@ pub(crate) fn markdown(measured: &Measured) -> String {
 }
 
 fn goals(out: &mut String, m: &Measured) {
-    let _ = writeln!(
-        out,
-        "| goal | limit | measured | verdict |\n|---|---|---|---|"
-    );
+    let _ = writeln!(out, "| goal | limit | measured | verdict |\n|---|---|---|---|");
     let mut row = |goal: &str, limit: String, value: String, met: Option<bool>| {
         let verdict = match met {
             Some(true) => "met",
@@ -51,26 +44,18 @@ fn goals(out: &mut String, m: &Measured) {
     // one's removal, whole cycle stands against whole cycle.
     let against = [
         ("`docker run --rm`", Contender::Run, 0.45),
-        (
-            "`docker run --rm --network none`",
-            Contender::RunNoNetwork,
-            0.65,
-        ),
+        ("`docker run --rm --network none`", Contender::RunNoNetwork, 0.65),
         ("the floor", Contender::Bare, 1.05),
     ];
     for (other, contender, limit) in against {
         let back_to_back = latency_ratio(m, Contender::Daemon, contender, 1);
         let idle = if contender == Contender::Bare {
-            ratio(m, Contender::DaemonIdle, contender, 1, |b| {
-                b.to_result.median()
-            })
+            ratio(m, Contender::DaemonIdle, contender, 1, |b| b.to_result.median())
         } else {
             latency_ratio(m, Contender::DaemonIdle, contender, 1)
         };
-        for (how, ratio) in [
-            ("worker idle before each job", idle),
-            ("back to back", back_to_back),
-        ] {
+        for (how, ratio) in [("worker idle before each job", idle), ("back to back", back_to_back)]
+        {
             row(
                 &format!("p50 against {other}, 1 in parallel, {how}"),
                 format!("≤ {limit}"),
@@ -182,17 +167,12 @@ fn line(out: &mut String, name: &str, parallel: usize, latency: &Samples, rate: 
 }
 
 fn ratios(out: &mut String, m: &Measured) {
-    let _ = writeln!(
-        out,
-        "| the daemon against | in parallel | p50 | jobs/s |\n|---|---:|---:|---:|"
-    );
+    let _ =
+        writeln!(out, "| the daemon against | in parallel | p50 | jobs/s |\n|---|---:|---:|---:|");
     for parallel in crate::PARALLEL {
-        for other in [
-            Contender::Run,
-            Contender::RunNoNetwork,
-            Contender::Bare,
-            Contender::BareConfined,
-        ] {
+        for other in
+            [Contender::Run, Contender::RunNoNetwork, Contender::Bare, Contender::BareConfined]
+        {
             let (Some(latency), Some(rate)) = (
                 latency_ratio(m, Contender::Daemon, other, parallel),
                 throughput_ratio(m, Contender::Daemon, other, parallel),
@@ -208,9 +188,8 @@ fn ratios(out: &mut String, m: &Measured) {
             );
         }
     }
-    let idle = ratio(m, Contender::DaemonIdle, Contender::BareConfined, 1, |b| {
-        b.to_result.median()
-    });
+    let idle =
+        ratio(m, Contender::DaemonIdle, Contender::BareConfined, 1, |b| b.to_result.median());
     if idle.is_some() {
         let _ = writeln!(
             out,
@@ -218,9 +197,7 @@ fn ratios(out: &mut String, m: &Measured) {
             show(idle.as_ref())
         );
     }
-    let confinement = ratio(m, Contender::BareConfined, Contender::Bare, 1, |b| {
-        b.latency.median()
-    });
+    let confinement = ratio(m, Contender::BareConfined, Contender::Bare, 1, |b| b.latency.median());
     let _ = writeln!(
         out,
         "\nWhat confinement costs the bare sequence, p50: {}.\n",
@@ -283,18 +260,12 @@ fn ratio(
 ) -> Option<Ratio> {
     let (a, b) = (m.blocks.get(&(a, parallel))?, m.blocks.get(&(b, parallel))?);
     let all = Samples::from_values(a.iter().zip(b).map(|(a, b)| of(a) / of(b)).collect());
-    Some(Ratio {
-        median: all.median(),
-        low: all.min(),
-        high: all.max(),
-    })
+    Some(Ratio { median: all.median(), low: all.min(), high: all.max() })
 }
 
 fn show(ratio: Option<&Ratio>) -> String {
-    ratio.map_or_else(
-        || "–".to_owned(),
-        |r| format!("{:.2} ({:.2}–{:.2})", r.median, r.low, r.high),
-    )
+    ratio
+        .map_or_else(|| "–".to_owned(), |r| format!("{:.2} ({:.2}–{:.2})", r.median, r.low, r.high))
 }
 
 fn mib(kib: u64) -> String {

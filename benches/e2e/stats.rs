@@ -39,11 +39,7 @@ impl Samples {
         if n == 0 {
             return f64::NAN;
         }
-        if n % 2 == 1 {
-            self.0[n / 2]
-        } else {
-            f64::midpoint(self.0[n / 2 - 1], self.0[n / 2])
-        }
+        if n % 2 == 1 { self.0[n / 2] } else { f64::midpoint(self.0[n / 2 - 1], self.0[n / 2]) }
     }
 
     pub(crate) fn min(&self) -> f64 {
