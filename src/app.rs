@@ -32,8 +32,8 @@ const ENGINE_RETRY: Backoff =
 const LAST_RITES: Duration = Duration::from_secs(15);
 /// How long a forced end may take to kill and remove what still runs.
 const FORCED_RITES: Duration = Duration::from_secs(5);
-/// `run` requests that may wait for a slot at once; more are told `busy` without a wait.
-const RUN_WAITING: usize = 1024;
+/// What a `run` request that waits for a slot counts for beside its own bytes.
+const RUN_OVERHEAD: usize = 2048;
 
 /// Room between the socket and the buffer, in messages: enough that the buffer decides what is
 /// refused, not the client library, which would drop silently.
@@ -84,6 +84,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
         jobs: TaskTracker::new(),
         shutdown: shutdown.clone(),
         run_slot_timeout: config.run_slot_timeout,
+        buffer_bytes: config.buffer_bytes,
     };
 
     let (source, refused) = CoreSource::subscribe(
@@ -115,7 +116,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     let intake = [
         guarded(&broken, daemon.clone().execute(source, engine_up.clone())),
         guarded(&broken, daemon.clone().answer_refused(refused)),
-        guarded(&broken, daemon.clone().run(run_requests, engine_up)),
+        guarded(&broken, daemon.clone().run(run_requests, engine_up.clone())),
     ];
 
     let (drained_code, forced_code) = tokio::select! {
@@ -151,8 +152,15 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     ended.cancel();
     background.close();
     background.wait().await;
+    let engine_is_up = *engine_up.borrow() == Health::Up;
     let last = async {
-        backend.retire().await;
+        if engine_is_up {
+            // A start that was cut short may have left a container after its clean-up.
+            if let Err(error) = backend.reap().await {
+                tracing::warn!(%error, "not all containers could be removed");
+            }
+            backend.retire().await;
+        }
         connection.settle(config.publish_timeout).await;
     };
     if tokio::time::timeout(LAST_RITES, last).await.is_err() {
@@ -225,6 +233,7 @@ struct Daemon {
     jobs: TaskTracker,
     shutdown: Shutdown,
     run_slot_timeout: Duration,
+    buffer_bytes: usize,
 }
 
 impl Daemon {
@@ -273,7 +282,8 @@ impl Daemon {
 
     /// Runs what `run` asks for, or says at once that it cannot.
     async fn run(self, mut requests: async_nats::Subscriber, engine: watch::Receiver<Health>) {
-        let waiting = Arc::new(Semaphore::new(RUN_WAITING));
+        // In KiB: what waits here is bounded as the buffer of the other requests is.
+        let waiting = Arc::new(Semaphore::new((self.buffer_bytes >> 10).min(1 << 30)));
         while let Some(Some(message)) = self.unless_draining(requests.next()).await {
             let message = received(message, Kind::Run);
             if *engine.borrow() == Health::Down {
@@ -285,7 +295,8 @@ impl Daemon {
                 continue;
             }
             let busy = || runner::busy(message.kind, self.run_slot_timeout);
-            let Ok(place) = waiting.clone().try_acquire_owned() else {
+            let weight = u32::try_from((message.size + RUN_OVERHEAD) >> 10).unwrap_or(u32::MAX);
+            let Ok(place) = waiting.clone().try_acquire_many_owned(weight) else {
                 let error = busy();
                 self.refuse(message, error);
                 continue;

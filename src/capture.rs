@@ -32,8 +32,10 @@ pub struct Captured {
     pub stdout_dropped: u64,
     /// Bytes of standard error that were dropped.
     pub stderr_dropped: u64,
-    /// The order in which the kept bytes arrived: runs of one stream, with their lengths.
-    order: Vec<(Stream, usize)>,
+    /// The order in which the kept bytes arrived: the lengths of runs of one stream, in turn, the
+    /// first of standard output. Four bytes a run, so that a function that changes streams at every
+    /// byte costs five times its output and no more.
+    runs: Vec<u32>,
 }
 
 impl Capture {
@@ -56,9 +58,17 @@ impl Capture {
             return;
         }
         kept.extend_from_slice(&chunk[..room]);
-        match c.order.last_mut() {
-            Some((last, length)) if *last == stream => *length += room,
-            _ => c.order.push((stream, room)),
+        // An odd number of runs ends with one of standard output.
+        let last = if c.runs.len() % 2 == 1 { Stream::Stdout } else { Stream::Stderr };
+        if c.runs.is_empty() && stream == Stream::Stderr {
+            c.runs.push(0);
+            c.runs.push(0);
+        } else if last != stream {
+            c.runs.push(0);
+        }
+        if let Some(length) = c.runs.last_mut() {
+            // The limit keeps a run below 4 GiB.
+            *length += u32::try_from(room).unwrap_or(u32::MAX);
         }
     }
 
@@ -77,12 +87,9 @@ impl Captured {
         let total = self.stdout.len() + self.stderr.len();
         let mut body = Vec::with_capacity(total.min(limit));
         let (mut out, mut err) = (self.stdout.as_slice(), self.stderr.as_slice());
-        for &(stream, length) in &self.order {
-            let rest = match stream {
-                Stream::Stdout => &mut out,
-                Stream::Stderr => &mut err,
-            };
-            let (run, tail) = rest.split_at(length);
+        for (index, &length) in self.runs.iter().enumerate() {
+            let rest = if index % 2 == 0 { &mut out } else { &mut err };
+            let (run, tail) = rest.split_at(length as usize);
             *rest = tail;
             let room = limit - body.len();
             body.extend_from_slice(&run[..run.len().min(room)]);
@@ -130,6 +137,13 @@ mod tests {
         assert_eq!((c.stdout.as_slice(), c.stdout_dropped), (&b"abc"[..], 2));
         assert_eq!((c.stderr.as_slice(), c.stderr_dropped), (&b"xy"[..], 0));
         assert_eq!(c.interleaved(9), (Bytes::from_static(b"abcxy"), false));
+    }
+
+    #[test]
+    fn either_stream_may_come_first() {
+        let c = capture(9, &[(Stream::Stderr, "E"), (Stream::Stderr, "F"), (Stream::Stdout, "o")]);
+        assert_eq!(c.interleaved(9).0, "EFo");
+        assert_eq!(c.interleaved(2), (Bytes::from_static(b"EF"), true));
     }
 
     #[test]

@@ -213,9 +213,36 @@ pub struct JobError {
 
 impl JobError {
     /// An error of this code with this message.
-    pub fn new(code: &'static str, message: impl Into<String>) -> Self {
-        Self { code: Cow::Borrowed(code), message: message.into() }
+    ///
+    /// Messages quote callers, registries and engines. Whatever those say, a message is at most
+    /// [`MAX_MESSAGE_LENGTH`] bytes of printable text, fit for a log line and a reply.
+    pub fn new(code: &'static str, message: impl AsRef<str>) -> Self {
+        let message = printable(message.as_ref(), MAX_MESSAGE_LENGTH);
+        Self { code: Cow::Borrowed(code), message }
     }
+}
+
+/// The longest error message, in bytes.
+pub const MAX_MESSAGE_LENGTH: usize = 2048;
+
+/// The beginning of `text` without control characters, at most `limit` bytes and marked where it
+/// was cut.
+#[must_use]
+pub fn printable(text: &str, limit: usize) -> String {
+    let clean = |c: char| match c {
+        '\n' | '\t' | '\r' => ' ',
+        c if c.is_control() => '?',
+        c => c,
+    };
+    let mut shown = String::new();
+    for c in text.trim_end().chars().map(clean) {
+        if shown.len() + c.len_utf8() > limit {
+            shown.push('…');
+            break;
+        }
+        shown.push(c);
+    }
+    shown
 }
 
 /// How a job that could not run to its own end should be treated.
@@ -346,6 +373,14 @@ impl Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn messages_are_short_and_printable() {
+        let error = JobError::new(code::INVALID_FIELD, "a\nb\u{1b}[31m\u{85}é");
+        assert_eq!(error.message, "a b?[31m?é");
+        let long = JobError::new(code::INVALID_FIELD, "é".repeat(100_000)).message;
+        assert!(long.len() <= MAX_MESSAGE_LENGTH + 3 && long.ends_with("é…"));
+    }
 
     #[test]
     fn ids_take_what_fits_and_hash_what_does_not() {

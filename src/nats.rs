@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use async_nats::{Client, ConnectOptions, Event, ServerAddr, Subscriber};
+use async_nats::client::RequestErrorKind;
+use async_nats::connection::State;
+use async_nats::{Client, ConnectOptions, Event, Request, ServerAddr, Subscriber};
 use futures::{FutureExt, StreamExt};
 use tokio::sync::watch;
 
@@ -17,6 +19,10 @@ const RECONNECT: Backoff =
 /// A server that is silent for two of these is gone: noticed in half a minute where TCP alone
 /// would take a quarter of an hour.
 const PING_INTERVAL: Duration = Duration::from_secs(15);
+/// How long a server may take to confirm. Longer than the client takes to notice that it is gone.
+const CONFIRM_PATIENCE: Duration = Duration::from_secs(60);
+/// How often the connection's state is looked at beside the client's events.
+const STATE_CHECK: Duration = Duration::from_secs(1);
 /// How long a server may take to end a subscription.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 /// How long one try to connect may take.
@@ -29,6 +35,8 @@ pub struct Connection {
     pub client: Client,
     connected: watch::Receiver<bool>,
     lost: Arc<AtomicU64>,
+    /// Set when the server turns out not to confirm what is published.
+    unconfirmable: Arc<AtomicBool>,
 }
 
 /// Why there can be no connection, whatever the server does.
@@ -58,7 +66,7 @@ impl Connection {
         let (state, connected) = watch::channel(false);
         let lost = Arc::new(AtomicU64::new(0));
         let servers: Vec<ServerAddr> =
-            settings.servers.iter().filter_map(|url| url.expose().parse().ok()).collect();
+            settings.servers.iter().filter_map(|url| url.parse().ok()).collect();
         let log = Arc::new(StateLog::new(state, lost.clone(), &servers));
         let mut options = ConnectOptions::new()
             .name(name)
@@ -93,21 +101,68 @@ impl Connection {
             options = options.add_client_certificate(cert.clone(), key.clone()).require_tls(true);
         }
         let client = options.connect(servers).await?;
-        Ok(Self { client, connected, lost })
+        Ok(Self { client, connected, lost, unconfirmable: Arc::default() })
     }
 
-    /// Waits until there is a server.
-    pub async fn connected(&self) {
-        if self.connected.clone().wait_for(|up| *up).await.is_err() {
-            // The client is gone, and with it any hope of a connection.
-            std::future::pending::<()>().await;
+    /// Waits until there is a server. Returns whether there was one all along.
+    pub async fn connected(&self) -> bool {
+        let mut connected = self.connected.clone();
+        let all_along = self.client.connection_state() == State::Connected;
+        while self.client.connection_state() != State::Connected {
+            // The client may skip events when there are many; a look now and then makes up for it.
+            let _ = tokio::time::timeout(STATE_CHECK, connected.wait_for(|up| *up)).await;
+            tokio::task::yield_now().await;
+        }
+        all_along
+    }
+
+    /// Which connection this is: how many there have been so far.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.client.statistics().connects.load(Ordering::Relaxed)
+    }
+
+    /// Whether the server has taken everything that was published since [`Connection::epoch`] was
+    /// `epoch`; otherwise the connection broke, and nobody knows.
+    ///
+    /// Publishing alone ends in a buffer, and flushing at the socket. A request that nobody answers
+    /// comes back from the server itself, behind all that went before it.
+    pub async fn confirmed(&self, epoch: u64) -> bool {
+        if self.unconfirmable.load(Ordering::Relaxed) {
+            return true;
+        }
+        let request = Request::new().timeout(Some(CONFIRM_PATIENCE));
+        let answer = self.client.send_request(self.client.new_inbox(), request);
+        let broken = async {
+            let mut connected = self.connected.clone();
+            while self.epoch() == epoch {
+                let _ = tokio::time::timeout(STATE_CHECK, connected.wait_for(|up| !*up)).await;
+                tokio::task::yield_now().await;
+                if self.client.connection_state() != State::Connected {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            answer = answer => match answer.map_err(|e| e.kind()) {
+                Ok(_) | Err(RequestErrorKind::NoResponders) => self.epoch() == epoch,
+                Err(_) if self.epoch() != epoch => false,
+                Err(kind) => {
+                    // The server is there and does not say: it may not let us publish to an inbox.
+                    self.unconfirmable.store(true, Ordering::Relaxed);
+                    tracing::warn!(%kind, "NATS does not confirm what is published: outcomes may be lost when the connection breaks");
+                    true
+                }
+            },
+            () = broken => false,
         }
     }
 
-    /// Ends a subscription and yields what the server had sent before it saw the end.
+    /// Ends a subscription and yields what has arrived so far.
     ///
-    /// Without a server there is nothing to wait for; one that does not answer is waited for only
-    /// for a moment.
+    /// What is still on the wire is lost: the client library forgets the subscription before the
+    /// server does. Without a server there is nothing to wait for; one that does not answer is
+    /// waited for only for a moment.
     pub async fn unsubscribe(&self, subscriber: &mut Subscriber) -> Vec<async_nats::Message> {
         let mut rest = Vec::new();
         let draining = async {
@@ -135,18 +190,11 @@ impl Connection {
     }
 
     /// Waits until the server has taken everything published so far, or `patience` is over.
-    ///
-    /// A flush alone ends at the socket. A request that nobody answers comes back from the server
-    /// itself, behind all that went before it.
     pub async fn settle(&self, patience: Duration) {
         if !*self.connected.borrow() {
             return;
         }
-        let round_trip = async {
-            // Either failing shows in the timeout or in the lost connection; nothing is left to do.
-            let _ = self.client.flush().await;
-            let _ = self.client.request(self.client.new_inbox(), bytes::Bytes::new()).await;
-        };
+        let round_trip = self.confirmed(self.epoch());
         if tokio::time::timeout(patience, round_trip).await.is_err() {
             tracing::warn!("NATS did not confirm the last messages");
         }
@@ -158,7 +206,6 @@ struct StateLog {
     /// Hosts and ports alone: the URLs may hold passwords.
     servers: String,
     state: watch::Sender<bool>,
-    complained: AtomicBool,
     last_error: Mutex<String>,
     lost: Arc<AtomicU64>,
 }
@@ -167,25 +214,17 @@ impl StateLog {
     fn new(state: watch::Sender<bool>, lost: Arc<AtomicU64>, servers: &[ServerAddr]) -> Self {
         let hosts: Vec<String> =
             servers.iter().map(|s| format!("{}:{}", s.host(), s.port())).collect();
-        Self {
-            servers: hosts.join(","),
-            state,
-            complained: false.into(),
-            last_error: Mutex::default(),
-            lost,
-        }
+        Self { servers: hosts.join(","), state, last_error: Mutex::default(), lost }
     }
 
     fn observe(&self, event: &Event) {
         match event {
             Event::Connected => {
-                self.complained.store(false, Ordering::Relaxed);
                 self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clear();
                 self.state.send_replace(true);
                 tracing::info!(servers = self.servers, "connected to NATS");
             }
             Event::Disconnected => {
-                self.complained.store(true, Ordering::Relaxed);
                 if self.state.send_replace(false) {
                     tracing::warn!(
                         servers = self.servers,
@@ -194,7 +233,7 @@ impl StateLog {
                 }
             }
             Event::ClientError(error) if !*self.state.borrow() => {
-                if !self.complained.swap(true, Ordering::Relaxed) {
+                if self.is_news(&error.to_string()) {
                     tracing::warn!(servers = self.servers, %error, "cannot connect to NATS yet; trying on");
                 }
             }
@@ -208,12 +247,19 @@ impl StateLog {
         }
     }
 
-    /// The same error again is no news.
     fn error(&self, error: &str) {
-        let mut last = self.last_error.lock().unwrap_or_else(PoisonError::into_inner);
-        if *last != error {
+        if self.is_news(error) {
             tracing::error!(error, "NATS");
+        }
+    }
+
+    /// The same error again is no news.
+    fn is_news(&self, error: &str) -> bool {
+        let mut last = self.last_error.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_news = *last != error;
+        if is_news {
             error.clone_into(&mut last);
         }
+        is_news
     }
 }

@@ -1,5 +1,7 @@
 //! Outcomes on their way out.
 
+use std::time::Duration;
+
 use async_nats::HeaderMap;
 
 use crate::job::Outcome;
@@ -12,6 +14,10 @@ pub struct Publisher {
     connection: Connection,
     results: String,
 }
+
+/// How long subscribers may take to come back after an outage: NATS' client libraries wait up to two
+/// seconds between their tries by default.
+const SUBSCRIBERS_RETURN: Duration = Duration::from_secs(3);
 
 /// Where an outcome goes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,12 +35,30 @@ impl Publisher {
         Self { connection, results: subjects.results.clone() }
     }
 
-    /// Publishes `outcome` along `route`. Waits for a server where there is none, for as long as
-    /// it takes; the caller bounds the wait.
+    /// Publishes `outcome` along `route`, again where the connection broke before the server
+    /// confirmed it: the receiver can tell by the id. Waits for a server where there is none, for
+    /// as long as it takes; the caller bounds the wait.
     ///
     /// What cannot be sent at all is logged with the job's id: there is nobody else to tell.
     pub async fn publish(&self, outcome: &Outcome, route: &Route) {
-        self.connection.connected().await;
+        let mut first = true;
+        loop {
+            let all_along = self.connection.connected().await;
+            if !(all_along && first) {
+                // Those who wait for it were cut off as well, and plain NATS keeps nothing.
+                tokio::time::sleep(SUBSCRIBERS_RETURN).await;
+            }
+            first = false;
+            let epoch = self.connection.epoch();
+            self.send(outcome, route).await;
+            if self.connection.confirmed(epoch).await {
+                return;
+            }
+            tracing::warn!(job = %outcome.id, "the connection broke before the outcome was confirmed; it is sent again");
+        }
+    }
+
+    async fn send(&self, outcome: &Outcome, route: &Route) {
         let client = &self.connection.client;
         // The server closes the connection of who sends more, and everybody's results with it.
         let limit = client.max_payload();

@@ -120,21 +120,21 @@ impl Runner {
         let (id, image, limits) = (job.id.clone(), job.image.clone(), job.limits.clone());
         let mut run = self.backend.prepare(job);
         let attempt = self.drive(run.as_mut(), &limits).await;
-        let mut remains = Some(run);
-
-        let (settle, attempt) = match self.retry_delay(&attempt.verdict, &context, &*settle) {
-            None => (Some(settle), attempt),
-            Some(delay) => {
-                // The next attempt must not run beside what is left of this one.
-                if let Some(run) = remains.take() {
-                    self.clean_up(run, &id).await;
-                }
-                if settle.retry(delay).await.is_ok() {
-                    return;
-                }
-                (None, attempt)
+        let mut cleaned = false;
+        let mut settle = Some(settle);
+        if let Some(delay) = self.retry_delay(&attempt.verdict, &context, settle.as_deref()) {
+            // The next attempt must not run beside what is left of this one.
+            cleaned = tokio::select! {
+                () = self.clean_up(run.as_mut(), &id) => true,
+                () = self.shutdown.stopping.cancelled() => false,
+            };
+            if let Some(settle) = settle.take_if(|_| cleaned)
+                && settle.retry(delay).await.is_ok()
+            {
+                return;
             }
-        };
+            // Nobody takes the job back: this attempt was the last.
+        }
 
         let outcome = self.outcome(id, Some(image), &limits, &context, attempt);
         self.report(&outcome);
@@ -144,8 +144,8 @@ impl Runner {
         tokio::pin!(publish);
         let in_time = tokio::time::timeout(self.options.publish_timeout, &mut publish).await;
         let clean_up = async {
-            if let Some(run) = remains {
-                self.clean_up(run, &outcome.id).await;
+            if !cleaned {
+                self.clean_up(run.as_mut(), &outcome.id).await;
             }
         };
         if in_time.is_ok() {
@@ -163,14 +163,14 @@ impl Runner {
         &self,
         verdict: &Verdict,
         context: &Context,
-        settle: &dyn Settle,
+        settle: Option<&dyn Settle>,
     ) -> Option<Duration> {
         let Verdict::Failed(failure) = verdict else { return None };
         if is_suspicious(failure) {
             self.suspicions.send_modify(|n| *n += 1);
         }
         let attempt = context.message.attempt;
-        let again = settle.can_retry()
+        let again = settle.is_some_and(Settle::can_retry)
             && matches!(failure, Failure::Transient(_))
             && attempt < self.options.max_attempts
             && !self.shutdown.draining.is_cancelled();
@@ -214,11 +214,22 @@ impl Runner {
         self.publish_patiently(&outcome, &route).await;
     }
 
-    /// Publishes while nothing else depends on it; only a forced end cuts it short.
+    /// Publishes for as long as it takes while the daemon lives, and a moment longer at its end.
     async fn publish_patiently(&self, outcome: &Outcome, route: &Route) {
+        let last_moment = async {
+            self.shutdown.stopping.cancelled().await;
+            tokio::select! {
+                () = tokio::time::sleep(self.options.publish_timeout) => {}
+                () = self.shutdown.forced.cancelled() => {}
+            }
+        };
         tokio::select! {
+            biased;
             () = self.publisher.publish(outcome, route) => {}
-            () = self.shutdown.forced.cancelled() => {}
+            () = last_moment => {
+                let (job, status) = (&outcome.id, outcome.status);
+                tracing::error!(%job, %status, "NATS is away: the outcome was not delivered");
+            }
         }
     }
 
@@ -228,21 +239,20 @@ impl Runner {
         begun: Instant,
     ) -> Result<(Job, Context), Box<(Outcome, Context)>> {
         let Options { policy, subjects, .. } = &self.options;
-        let id = message.message_id.as_deref();
-        let decoded = request::decode(&message.payload, id, JobId::new, policy, subjects);
+        let decoded = request::decode(&message.payload, &message.id, policy, subjects);
         let asked = match &decoded {
             Ok(Request { reply_to, .. }) => reply_to,
             Err(refusal) => &refusal.reply_to,
         };
-        let replies = message.reply.iter().chain(asked).filter(|reply| {
-            subjects
-                .check_reply(reply)
-                .inspect_err(|why| {
-                    tracing::warn!(reply = %reply, %why, "no answer is sent there");
-                })
-                .is_ok()
-        });
-        let route = Route { results: true, replies: replies.cloned().collect() };
+        let mut replies: Vec<String> = Vec::new();
+        for reply in message.reply.iter().chain(asked) {
+            match subjects.check_reply(reply) {
+                Err(why) => tracing::warn!(?reply, %why, "no answer is sent there"),
+                Ok(()) if replies.contains(reply) => {}
+                Ok(()) => replies.push(reply.clone()),
+            }
+        }
+        let route = Route { results: true, replies };
         let context = Context { message, route, begun };
         match decoded {
             Ok(Request { job, .. }) => Ok((job, context)),
@@ -344,13 +354,15 @@ impl Runner {
         }
     }
 
-    /// Removes what the run left in the engine, as often as it takes.
-    async fn clean_up(&self, mut run: Box<dyn Run>, id: &JobId) {
+    /// Removes what the run left in the engine, as often as it takes. At the daemon's end a second
+    /// try must do; the next start sees to the rest.
+    async fn clean_up(&self, run: &mut dyn Run, id: &JobId) {
         for failures in 1.. {
             let Err(error) = run.cleanup().await else {
                 return;
             };
-            if !error.may_be_running && failures >= CLEANUP_TRIES {
+            let ending = self.shutdown.stopping.is_cancelled() && failures >= 2;
+            if ending || (!error.may_be_running && failures >= CLEANUP_TRIES) {
                 tracing::warn!(job = %id, %error, "the container stays behind for the reaper");
                 return;
             }
@@ -358,13 +370,7 @@ impl Runner {
                 tracing::warn!(job = %id, %error, "could not remove the container yet; trying on");
             }
             self.suspicions.send_modify(|n| *n += 1);
-            tokio::select! {
-                () = tokio::time::sleep(CLEANUPS.delay(failures)) => {}
-                () = self.shutdown.stopping.cancelled(), if failures >= CLEANUP_TRIES => {
-                    tracing::warn!(job = %id, %error, "the container stays behind for the next start");
-                    return;
-                }
-            }
+            tokio::time::sleep(CLEANUPS.delay(failures)).await;
         }
     }
 

@@ -14,7 +14,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::protocol::Subjects;
-use parse::Problems;
+use parse::{Problems, Servers};
 pub use secret::Secret;
 
 /// Exit code of a start with bad settings: `EX_CONFIG` of BSD's sysexits.h.
@@ -70,8 +70,8 @@ pub struct Config {
 /// How NATS is reached.
 #[derive(Clone, Debug)]
 pub struct Nats {
-    /// `NATS_URL`, one entry a server. A URL may hold a password, hence secret.
-    pub servers: Vec<Secret>,
+    /// `NATS_URL`, one entry a server, without the user and password it may hold.
+    pub servers: Vec<String>,
     /// `NATS_CREDS_FILE`: a decentralised account's credentials.
     pub creds_file: Option<PathBuf>,
     /// The seed in `NATS_NKEY_SEED_FILE`.
@@ -290,20 +290,23 @@ impl Config {
     /// Every field gets a value, the default's where the given one is wrong, so that one pass
     /// finds all problems. The result counts only where there is none.
     fn from_raw(raw: Raw, p: &mut Problems) -> Self {
+        let Servers { servers, user: url_user, token: url_token } =
+            p.servers("NATS_URL", raw.nats_url);
+        let url_has_secret = url_user.is_some() || url_token.is_some();
         let nats = Nats {
-            servers: p.servers("NATS_URL", raw.nats_url),
-            creds_file: p.readable_file("NATS_CREDS_FILE", raw.nats_creds_file),
+            servers,
+            creds_file: p.creds_file("NATS_CREDS_FILE", raw.nats_creds_file),
             nkey_seed: p.nkey_seed("NATS_NKEY_SEED_FILE", raw.nats_nkey_seed_file),
             user: p
                 .pair("NATS_USER", raw.nats_user, "NATS_PASSWORD", raw.nats_password)
                 .map(|(user, password)| (user, Secret::new(password))),
             token: raw.nats_token.map(Secret::new),
-            tls_ca: p.readable_file("NATS_TLS_CA", raw.nats_tls_ca),
+            tls_ca: p.certificates("NATS_TLS_CA", raw.nats_tls_ca),
             tls_client: p
                 .pair("NATS_TLS_CERT", raw.nats_tls_cert, "NATS_TLS_KEY", raw.nats_tls_key)
                 .and_then(|(cert, key)| {
-                    let cert = p.readable_file("NATS_TLS_CERT", Some(cert));
-                    cert.zip(p.readable_file("NATS_TLS_KEY", Some(key)))
+                    let cert = p.certificates("NATS_TLS_CERT", Some(cert));
+                    cert.zip(p.private_key("NATS_TLS_KEY", Some(key)))
                 }),
         };
         p.at_most_one(&[
@@ -311,11 +314,16 @@ impl Config {
             ("NATS_NKEY_SEED_FILE", nats.nkey_seed.is_some()),
             ("NATS_USER", nats.user.is_some()),
             ("NATS_TOKEN", nats.token.is_some()),
+            ("a user or token in NATS_URL", url_has_secret),
         ]);
+        let nats = Nats { user: nats.user.or(url_user), token: nats.token.or(url_token), ..nats };
         let docker_dir = raw.docker_config.map(PathBuf::from);
         let docker_dir = docker_dir.or_else(|| Some(PathBuf::from(raw.home?).join(".docker")));
         let host = p.docker_host("DOCKER_HOST", raw.docker_host);
         let certs = raw.docker_cert_path.map(PathBuf::from).or_else(|| docker_dir.clone());
+        if raw.docker_tls_verify.is_some() && host.starts_with("http://") {
+            p.say("DOCKER_TLS_VERIFY", "is set, and DOCKER_HOST asks for plain http://");
+        }
         let by_tls = host.starts_with("https://")
             || (raw.docker_tls_verify.is_some() && host.starts_with("tcp://"));
         let docker = Docker {
@@ -325,8 +333,8 @@ impl Config {
         };
 
         let policy = Policy {
-            default_timeout: p.duration("DEFAULT_TIMEOUT", raw.default_timeout),
-            max_timeout: p.duration("MAX_TIMEOUT", raw.max_timeout),
+            default_timeout: p.nonzero_duration("DEFAULT_TIMEOUT", raw.default_timeout),
+            max_timeout: p.nonzero_duration("MAX_TIMEOUT", raw.max_timeout),
             memory_bytes: p.size("MEMORY_LIMIT", raw.memory_limit, 6 << 20),
             cpus: p.cpus("CPU_LIMIT", raw.cpu_limit),
             pids: p.number("PIDS_LIMIT", raw.pids_limit, 1..=4_194_304),
@@ -352,7 +360,7 @@ impl Config {
             buffer_messages: p.number("BUFFER_MESSAGES", raw.buffer_messages, 1..=10_000_000),
             buffer_bytes: p.size("BUFFER_BYTES", raw.buffer_bytes, 1 << 10),
             run_slot_timeout: p.duration("RUN_SLOT_TIMEOUT", raw.run_slot_timeout),
-            publish_timeout: p.duration("PUBLISH_TIMEOUT", raw.publish_timeout),
+            publish_timeout: p.nonzero_duration("PUBLISH_TIMEOUT", raw.publish_timeout),
             policy,
             images: Images {
                 pull_policy: p.choice(
@@ -364,7 +372,7 @@ impl Config {
                         ("never", PullPolicy::Never),
                     ],
                 ),
-                pull_timeout: p.duration("PULL_TIMEOUT", raw.pull_timeout),
+                pull_timeout: p.nonzero_duration("PULL_TIMEOUT", raw.pull_timeout),
                 allowlist: p.globs("IMAGE_ALLOWLIST", raw.image_allowlist),
             },
             confinement: Confinement {
@@ -373,7 +381,7 @@ impl Config {
                 readonly_rootfs: p.boolean("READONLY_ROOTFS", raw.readonly_rootfs),
                 tmpfs_bytes: p.size("TMPFS_SIZE", raw.tmpfs_size, 1 << 12),
             },
-            output_limit: p.size("OUTPUT_LIMIT", raw.output_limit, 0),
+            output_limit: p.size::<u32>("OUTPUT_LIMIT", raw.output_limit, 0) as usize,
             stop_grace: p.duration("STOP_GRACE", raw.stop_grace),
             shutdown_grace: p.duration("SHUTDOWN_GRACE", raw.shutdown_grace),
             docker,

@@ -7,6 +7,9 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::settings;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
 use super::{DockerTls, Secret};
 use crate::protocol::subjects;
 
@@ -201,37 +204,44 @@ impl Problems {
     }
 
     /// NATS servers. Nothing of a bad URL is repeated: it may hold a password.
-    pub(super) fn servers(&mut self, name: &'static str, given: Option<String>) -> Vec<Secret> {
+    pub(super) fn servers(&mut self, name: &'static str, given: Option<String>) -> Servers {
         self.parse(name, given, |text| {
-            let mut servers = Vec::new();
+            let mut all = Servers::default();
             for (at, url) in list(text).enumerate() {
-                let known = url.split_once("://").is_none_or(|(scheme, _)| {
-                    matches!(scheme, "nats" | "tls")
-                });
-                if !known || url.parse::<async_nats::ServerAddr>().is_err() {
+                let Some(server) = Servers::of(url) else {
                     return Err(format!(
                         "expected URLs such as nats://host:4222 or tls://host:4222, joined by commas; number {} is none",
                         at + 1
                     ));
+                };
+                let same = server.user == all.user && server.token == all.token;
+                if at > 0 && !same {
+                    return Err("every server must have the same user, or none".to_owned());
                 }
-                servers.push(Secret::new(url));
+                all.servers.extend(server.servers);
+                (all.user, all.token) = (server.user, server.token);
             }
-            if servers.is_empty() {
+            if all.servers.is_empty() {
                 return Err("expected at least one server".to_owned());
             }
-            Ok(servers)
+            Ok(all)
         })
     }
 
     pub(super) fn docker_host(&mut self, name: &'static str, given: Option<String>) -> String {
-        const SCHEMES: [&str; 4] = ["unix://", "tcp://", "http://", "https://"];
         self.parse(name, given, |host| {
-            let known = |scheme: &&str| host.starts_with(*scheme) && host.len() > scheme.len();
-            if SCHEMES.iter().any(known) {
-                Ok(host.to_owned())
-            } else {
-                Err(format!("expected an address that begins with one of {}", SCHEMES.join(", ")))
-            }
+            let known = match host.split_once("://") {
+                Some(("unix", path)) => path.starts_with('/'),
+                Some(("tcp" | "http" | "https", rest)) => {
+                    url::Url::parse(&format!("http://{rest}")).is_ok_and(|url| url.has_host())
+                }
+                _ => false,
+            };
+            known.then(|| host.to_owned()).ok_or_else(|| {
+                format!(
+                    "expected an address such as unix:///var/run/docker.sock, tcp://host:2375 or https://host:2376, got {host:?}"
+                )
+            })
         })
     }
 
@@ -249,13 +259,52 @@ impl Problems {
         readable.iter().all(|ok| *ok).then_some(DockerTls { ca, cert, key })
     }
 
-    pub(super) fn readable_file(
+    pub(super) fn creds_file(
         &mut self,
         name: &'static str,
         given: Option<String>,
     ) -> Option<PathBuf> {
+        self.file(name, given, "holds no credentials of a NATS user", |text| {
+            async_nats::ConnectOptions::with_credentials(text).is_ok()
+        })
+    }
+
+    pub(super) fn certificates(
+        &mut self,
+        name: &'static str,
+        given: Option<String>,
+    ) -> Option<PathBuf> {
+        self.file(name, given, "holds no certificate in PEM", |text| {
+            let mut certificates = CertificateDer::pem_slice_iter(text.as_bytes());
+            certificates.next().is_some_and(|first| first.is_ok())
+        })
+    }
+
+    pub(super) fn private_key(
+        &mut self,
+        name: &'static str,
+        given: Option<String>,
+    ) -> Option<PathBuf> {
+        self.file(name, given, "holds no private key in PEM", |text| {
+            PrivateKeyDer::from_pem_slice(text.as_bytes()).is_ok()
+        })
+    }
+
+    /// A file that is what it should be. Nothing of it is repeated.
+    fn file(
+        &mut self,
+        name: &'static str,
+        given: Option<String>,
+        otherwise: &str,
+        is_good: impl FnOnce(&str) -> bool,
+    ) -> Option<PathBuf> {
         let path = PathBuf::from(given?.trim());
-        self.contents(name, &path).map(|_| path)
+        let text = self.contents(name, &path)?;
+        if is_good(&text) {
+            return Some(path);
+        }
+        self.say(name, format!("{} {otherwise}", path.display()));
+        None
     }
 
     pub(super) fn nkey_seed(
@@ -266,7 +315,7 @@ impl Problems {
         let path = PathBuf::from(given?.trim());
         let text = self.contents(name, &path)?;
         let seed = text.lines().map(str::trim).find(|line| line.starts_with('S'));
-        match seed {
+        match seed.filter(|seed| nkeys::KeyPair::from_seed(seed).is_ok()) {
             Some(seed) => Some(Secret::new(seed)),
             None => {
                 self.say(name, format!("{} holds no nkey seed", path.display()));
@@ -308,6 +357,42 @@ impl Problems {
         if let [first, _, ..] = given.as_slice() {
             self.say(first, format!("only one of {} may be set", given.join(", ")));
         }
+    }
+}
+
+/// What `NATS_URL` says.
+#[derive(Debug, Default)]
+pub(super) struct Servers {
+    /// The servers, without user and password.
+    pub(super) servers: Vec<String>,
+    /// The user and password before the host.
+    pub(super) user: Option<(String, Secret)>,
+    /// The token before the host: a user without a password.
+    pub(super) token: Option<Secret>,
+}
+
+impl Servers {
+    fn of(url: &str) -> Option<Self> {
+        let full = if url.contains("://") { url.to_owned() } else { format!("nats://{url}") };
+        let mut url = url::Url::parse(&full).ok()?;
+        if !matches!(url.scheme(), "nats" | "tls") || !url.has_host() {
+            return None;
+        }
+        let decode = |text: &str| {
+            percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned()
+        };
+        let name = Some(decode(url.username())).filter(|name| !name.is_empty());
+        let password = url.password().map(decode);
+        url.set_username("").ok()?;
+        url.set_password(None).ok()?;
+        let server = url.to_string();
+        server.parse::<async_nats::ServerAddr>().ok()?;
+        let (user, token) = match (name, password) {
+            (Some(user), Some(password)) => (Some((user, Secret::new(password))), None),
+            (Some(token), None) => (None, Some(Secret::new(token))),
+            (None, _) => (None, None),
+        };
+        Some(Self { servers: vec![server], user, token })
     }
 }
 

@@ -107,6 +107,12 @@ fn a_bad_value_says_what_was_expected() {
         ("NATS_TLS_KEY", "/k", "NATS_TLS_CERT: must be set too"),
         ("RUST_LOG", "worker_spawner=loud", "log filter"),
         ("DOCKER_HOST", "https://engine:2376", "folder with ca.pem"),
+        ("DOCKER_HOST", "tcp://[bad", "an address such as"),
+        ("DEFAULT_TIMEOUT", "0s", "longer than zero"),
+        ("NATS_URL", "a:b@one,c:d@two", "the same user"),
+        ("NATS_TLS_CA", "/etc/hostname", "no certificate in PEM"),
+        ("NATS_CREDS_FILE", "/etc/hostname", "no credentials"),
+        ("NATS_NKEY_SEED_FILE", "/etc/hostname", "no nkey seed"),
     ] {
         let found = problems(&[(name, value)]);
         assert!(
@@ -144,10 +150,10 @@ fn tls_to_the_engine_needs_its_files() {
 
 #[test]
 fn secrets_reach_no_debug_output_and_no_error() {
-    let config =
-        config(&[("NATS_URL", "nats://me:hunter2@localhost:4222"), ("NATS_TOKEN", "hunter2")]);
-    let shown = format!("{:?}", config.unwrap());
-    assert!(!shown.contains("hunter2") && shown.contains("[redacted]"), "{shown}");
+    for var in [("NATS_URL", "nats://me:hunter2@localhost:4222"), ("NATS_TOKEN", "hunter2")] {
+        let shown = format!("{:?}", config(&[var]).unwrap());
+        assert!(!shown.contains("hunter2") && shown.contains("[redacted]"), "{shown}");
+    }
     let found = problems(&[
         ("NATS_URL", "ftp://me:hunter2@[bad"),
         ("NATS_TOKEN", "hunter2"),
@@ -155,6 +161,21 @@ fn secrets_reach_no_debug_output_and_no_error() {
         ("NATS_PASSWORD", "hunter2"),
     ]);
     assert!(found.len() == 2 && !format!("{found:?}").contains("hunter2"), "{found:?}");
+}
+
+#[test]
+fn a_user_or_token_may_come_with_the_url() {
+    let with_url = |url| config(&[("NATS_URL", url)]).unwrap().nats;
+    let nats = with_url("nats://me:p%40ss@one:4222, tls://me:p%40ss@two");
+    assert_eq!(nats.servers, ["nats://one:4222", "tls://two"]);
+    assert_eq!(nats.user, Some(("me".to_owned(), Secret::new("p@ss"))));
+    let nats = with_url("t0ken@one");
+    assert_eq!(
+        (nats.servers, nats.token),
+        (vec!["nats://one".to_owned()], Some(Secret::new("t0ken")))
+    );
+    let found = problems(&[("NATS_URL", "me:x@one"), ("NATS_TOKEN", "y")]);
+    assert!(found.len() == 1 && found[0].contains("only one of"), "{found:?}");
 }
 
 #[test]

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use serde::Serialize;
 
 use super::headers;
+use crate::capture::Captured;
 use crate::job::{JobError, Outcome, Status};
 
 /// A message on the results subject.
@@ -69,7 +70,17 @@ pub fn json(outcome: &Outcome, limit: usize) -> Result<Bytes, EncodeError> {
     }
     let bare = serde_json::to_vec(&Wire::of(outcome, &stdout.bare(), &stderr.bare()))?.len();
     let Some(room) = limit.checked_sub(bare) else {
-        return Err(EncodeError::TooLarge { needed: bare, limit });
+        return match &outcome.error {
+            Some(error) if !error.message.is_empty() => {
+                // A reason cut short beats no answer.
+                let excess = bare - limit;
+                let room = encoded_length(&error.message).saturating_sub(excess);
+                let message = prefix_within(&error.message, room, extra_json_bytes).to_owned();
+                let error = Some(JobError { code: error.code.clone(), message });
+                json(&Outcome { error, output: Captured::default(), ..outcome.clone() }, limit)
+            }
+            _ => Err(EncodeError::TooLarge { needed: bare, limit }),
+        };
     };
     let (out, err) = (stdout.encoded_length(), stderr.encoded_length());
     let half = room / 2;
@@ -114,7 +125,7 @@ impl Text {
     }
 
     fn encoded_length(&self) -> usize {
-        self.text.chars().map(|c| c.len_utf8() + extra_json_bytes(c)).sum()
+        encoded_length(&self.text)
     }
 
     /// The first part of it that takes at most `room` bytes in JSON.
@@ -128,6 +139,11 @@ impl Text {
             truncated: self.truncated || length < self.text.len(),
         }
     }
+}
+
+/// The bytes `text` takes in a JSON string, without the quotation marks.
+fn encoded_length(text: &str) -> usize {
+    text.chars().map(|c| c.len_utf8() + extra_json_bytes(c)).sum()
 }
 
 /// How many bytes more than its own a character takes in a JSON string, as serde_json writes it.

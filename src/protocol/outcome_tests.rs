@@ -74,6 +74,14 @@ fn output_is_cut_to_the_limit_and_flagged() {
 }
 
 #[test]
+fn a_reason_is_cut_rather_than_lost() {
+    let error = Some(JobError::new(code::INVALID_FIELD, "x\"".repeat(700)));
+    let v = value(&Outcome { error, started_at: None, ..outcome(b"", b"") }, 900);
+    assert_eq!(v["error"]["code"], code::INVALID_FIELD);
+    assert!(v["error"]["message"].as_str().unwrap().starts_with("x\"x\""));
+}
+
+#[test]
 fn the_result_is_raw_output_with_facts_in_headers() {
     let message = result_message(&outcome(b"\0\xff\n", b""), 1 << 20);
     assert_eq!(&message.body[..], b"\0\xff\n");

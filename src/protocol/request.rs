@@ -3,15 +3,26 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use std::fmt;
+
 use bytes::Bytes;
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::Subjects;
 use crate::config::Policy;
-use crate::job::{Job, JobError, JobId, Limits, code};
+use crate::job::{Job, JobError, JobId, Limits, code, printable};
 
 /// The prefix of container labels that belong to the daemon.
 pub const RESERVED_LABEL_PREFIX: &str = "worker-spawner.";
+
+/// The most of a caller's value that an error quotes, in bytes.
+const MAX_QUOTE: usize = 64;
+
+/// A caller's value as an error shows it.
+fn quote(value: &str) -> String {
+    format!("{:?}", printable(value, MAX_QUOTE))
+}
 
 /// The longest image reference, in bytes: beyond what any registry takes.
 const MAX_IMAGE_LENGTH: usize = 512;
@@ -65,33 +76,38 @@ pub fn warm_up() {
 
 /// Decodes a request.
 ///
-/// `message_id` is the message's `Nats-Msg-Id`; `fallback_id` serves where neither it nor the body
-/// names the job.
+/// `outer_id` serves where the body does not name the job.
 ///
 /// # Errors
 /// Names every field at fault and says what would be right.
 pub fn decode(
     payload: &[u8],
-    message_id: Option<&str>,
-    fallback_id: impl FnOnce() -> JobId,
+    outer_id: &JobId,
     policy: &Policy,
     subjects: &Subjects,
 ) -> Result<Request, Box<Refusal>> {
-    let outer_id = move || message_id.map_or_else(fallback_id, JobId::from_message_id);
     let object = match parse(payload) {
         Ok(object) => object,
         Err(error) => {
-            return Err(Box::new(Refusal { id: outer_id(), image: None, reply_to: None, error }));
+            return Err(Box::new(Refusal {
+                id: outer_id.clone(),
+                image: None,
+                reply_to: None,
+                error,
+            }));
         }
     };
-    let mut fields = Fields { object, faults: Vec::new() };
+    let mut fields = Fields { object: object.fields, faults: Vec::new() };
+    for name in object.twice {
+        fields.fault(&name, "is given twice");
+    }
 
     let id = fields.take("id", |v| text(v)?.parse::<JobId>().map_err(|e| e.to_string()));
     let reply_to = fields.take("reply_to", |v| {
         let subject = text(v)?;
         match subjects.check_reply_to(&subject, &policy.reply_prefixes) {
             Ok(()) => Ok(subject),
-            Err(why) => Err(format!("{subject:?} {why}")),
+            Err(why) => Err(format!("{} {why}", quote(&subject))),
         }
     });
     let image = fields.take("image_reference", image_reference);
@@ -110,7 +126,8 @@ pub fn decode(
             Ok(name)
         } else {
             Err(format!(
-                "{name:?} is not one of this worker's ALLOWED_NETWORKS: {}",
+                "{} is not one of this worker's ALLOWED_NETWORKS: {}",
+                quote(&name),
                 policy.allowed_networks.join(", ")
             ))
         }
@@ -135,7 +152,7 @@ pub fn decode(
     let (image, error) = match (fields.into_error(), image) {
         (None, Some(image)) => {
             let job = Job {
-                id: id.unwrap_or_else(outer_id),
+                id: id.unwrap_or_else(|| outer_id.clone()),
                 image,
                 args,
                 env,
@@ -151,20 +168,47 @@ pub fn decode(
         (Some(error), image) => (image, error),
         (None, None) => (None, JobError::new(code::INVALID_FIELD, "image_reference: is required")),
     };
-    Err(Box::new(Refusal { id: id.unwrap_or_else(outer_id), image, reply_to, error }))
+    Err(Box::new(Refusal { id: id.unwrap_or_else(|| outer_id.clone()), image, reply_to, error }))
 }
 
 /// The least memory an engine takes: runc refuses to start a container with less than 6 MiB.
 const MIN_MEMORY_BYTES: u64 = 6 << 20;
 
-fn parse(payload: &[u8]) -> Result<Map<String, Value>, JobError> {
-    match serde_json::from_slice(payload) {
-        Ok(Value::Object(object)) => Ok(object),
-        Ok(other) => Err(JobError::new(
-            code::INVALID_JSON,
-            format!("the request must be a JSON object, not {}", kind(&other)),
-        )),
-        Err(e) => Err(JobError::new(code::INVALID_JSON, format!("the request is not JSON: {e}"))),
+fn parse(payload: &[u8]) -> Result<Object, JobError> {
+    serde_json::from_slice(payload).map_err(|e| {
+        JobError::new(code::INVALID_JSON, format!("the request is no JSON object: {e}"))
+    })
+}
+
+/// A JSON object, and which of its names came twice. Parsers disagree on what that means, so that
+/// a gateway in front of this one may have checked another value.
+#[derive(Default)]
+struct Object {
+    fields: Map<String, Value>,
+    twice: Vec<String>,
+}
+
+impl<'de> Deserialize<'de> for Object {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields;
+        impl<'de> Visitor<'de> for Fields {
+            type Value = Object;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Object, A::Error> {
+                let mut object = Object::default();
+                while let Some((name, value)) = map.next_entry::<String, Value>()? {
+                    if object.fields.insert(name.clone(), value).is_some() {
+                        object.twice.push(name);
+                    }
+                }
+                Ok(object)
+            }
+        }
+        deserializer.deserialize_map(Fields)
     }
 }
 
@@ -189,7 +233,7 @@ impl Fields {
     }
 
     fn fault(&mut self, name: &str, why: &str) {
-        self.faults.push((name.to_owned(), why.to_owned()));
+        self.faults.push((printable(name, MAX_QUOTE), why.to_owned()));
     }
 
     fn faulty(&self, name: &str) -> bool {
@@ -199,9 +243,8 @@ impl Fields {
     /// What is at fault, with every field nobody took.
     fn into_error(mut self) -> Option<JobError> {
         for name in std::mem::take(&mut self.object).keys() {
-            let shown: String = name.chars().take(64).collect();
             let why = format!("is no field of a request; the fields are {}", FIELDS.join(", "));
-            self.fault(&shown, &why);
+            self.fault(name, &why);
         }
         if self.faults.is_empty() {
             return None;
@@ -244,8 +287,7 @@ fn image_reference(value: Value) -> Result<String, String> {
     } else if image.len() > MAX_IMAGE_LENGTH {
         Err(format!("must be at most {MAX_IMAGE_LENGTH} bytes long"))
     } else if let Err(e) = image.parse::<oci_spec::distribution::Reference>() {
-        let shown: String = image.chars().take(80).collect();
-        Err(format!("{shown:?} is no image reference: {e}"))
+        Err(format!("{} is no image reference: {e}", quote(&image)))
     } else {
         Ok(image)
     }
@@ -288,7 +330,7 @@ fn map(
         return Err(format!("must be an object of strings, not {}", kind(&value)));
     };
     let entry = |(name, value): (String, Value)| {
-        let value = text(value).map_err(|why| format!("{name:?} {why}"))?;
+        let value = text(value).map_err(|why| format!("{} {why}", quote(&name)))?;
         check(&name, &value).map(|()| (name, value))
     };
     object.into_iter().map(entry).collect()
@@ -296,9 +338,9 @@ fn map(
 
 fn check_variable(name: &str, value: &str) -> Result<(), String> {
     if name.is_empty() || name.contains(['=', '\0']) {
-        Err(format!("{name:?} is no name of a variable"))
+        Err(format!("{} is no name of a variable", quote(name)))
     } else if value.contains('\0') {
-        Err(format!("the value of {name:?} must not contain a NUL character"))
+        Err(format!("the value of {} must not contain a NUL character", quote(name)))
     } else {
         Ok(())
     }
@@ -308,7 +350,7 @@ fn check_label(name: &str, _value: &str) -> Result<(), String> {
     if name.is_empty() {
         Err("a label needs a name".to_owned())
     } else if name.starts_with(RESERVED_LABEL_PREFIX) {
-        Err(format!("{name:?} begins with {RESERVED_LABEL_PREFIX:?}, which is reserved"))
+        Err(format!("{} begins with {RESERVED_LABEL_PREFIX:?}, which is reserved", quote(name)))
     } else {
         Ok(())
     }
@@ -316,7 +358,11 @@ fn check_label(name: &str, _value: &str) -> Result<(), String> {
 
 fn working_dir(value: Value) -> Result<String, String> {
     let dir = text_without_nul(value)?;
-    if dir.starts_with('/') { Ok(dir) } else { Err(format!("{dir:?} must be an absolute path")) }
+    if dir.starts_with('/') {
+        Ok(dir)
+    } else {
+        Err(format!("{} must be an absolute path", quote(&dir)))
+    }
 }
 
 fn user(value: Value) -> Result<String, String> {
@@ -325,7 +371,7 @@ fn user(value: Value) -> Result<String, String> {
     if (1..=2).contains(&parts) && user.split(':').all(|part| !part.is_empty()) {
         Ok(user)
     } else {
-        Err(format!("{user:?} is none of user, uid, user:group and uid:gid"))
+        Err(format!("{} is none of user, uid, user:group and uid:gid", quote(&user)))
     }
 }
 

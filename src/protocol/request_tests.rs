@@ -17,8 +17,8 @@ fn policy() -> Policy {
 }
 
 fn decode_with(payload: &[u8], message_id: Option<&str>) -> Result<Request, Box<Refusal>> {
-    let fallback = || "fallback".parse().unwrap();
-    decode(payload, message_id, fallback, &policy(), &Subjects::new("functions"))
+    let outer_id = JobId::from_message_id(message_id.unwrap_or("fallback"));
+    decode(payload, &outer_id, &policy(), &Subjects::new("functions"))
 }
 
 fn decoded(body: Value) -> Result<Request, Box<Refusal>> {
@@ -154,6 +154,24 @@ fn a_wrong_field_is_named() {
         if field != "id" {
             assert_eq!(refusal.id.as_str(), "good");
         }
+    }
+}
+
+#[test]
+fn a_field_given_twice_is_wrong() {
+    let body = br#"{"image_reference": "good", "image_reference": "evil"}"#;
+    let refusal = decode_with(body, None).unwrap_err();
+    assert_eq!(refusal.error.message, "image_reference: is given twice");
+}
+
+#[test]
+fn errors_quote_little_and_nothing_unprintable() {
+    let long = "\"\u{1b}".repeat(100_000);
+    for field in ["working_dir", "reply_to", "network", &long] {
+        let mut body = json!({"image_reference": "python"});
+        body[field] = long.clone().into();
+        let message = decoded(body).unwrap_err().error.message;
+        assert!(message.len() < 1000 && !message.contains('\u{1b}'), "{field}: {message}");
     }
 }
 

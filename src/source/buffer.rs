@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::{Closed, Message};
 
-/// What a waiting message takes beside its payload, in bytes: its own fields and its place here.
+/// What a waiting message takes beside what arrived, in bytes: its own fields and its place here.
 const OVERHEAD: usize = std::mem::size_of::<Message>() + 64;
 
 /// A bounded queue of messages, some of which wait for their time.
@@ -181,7 +181,7 @@ impl Buffer {
 }
 
 fn size(message: &Message) -> usize {
-    message.payload.len() + OVERHEAD
+    message.size + OVERHEAD
 }
 
 #[cfg(test)]
@@ -195,7 +195,8 @@ mod tests {
     fn message(payload: &'static str) -> Message {
         Message {
             payload: Bytes::from_static(payload.as_bytes()),
-            message_id: None,
+            id: crate::job::JobId::new(),
+            size: payload.len(),
             reply: None,
             kind: Kind::Execute,
             received_at: SystemTime::now(),

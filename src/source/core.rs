@@ -15,12 +15,13 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::buffer::{Buffer, Limits};
 use super::{Closed, Delivery, Kind, Message, Settle, Source};
+use crate::job::JobId;
 use crate::nats::Connection;
 use crate::protocol::headers::NATS_MSG_ID;
 
 /// How many refused messages may wait to be answered. Beyond it they are only counted: whoever
 /// floods a full buffer gets no buffer for the answers.
-const REFUSED_CAPACITY: usize = 1024;
+const REFUSED_CAPACITY: usize = 64;
 
 /// A queue-group subscription with its buffer.
 pub struct CoreSource {
@@ -120,6 +121,14 @@ impl Intake {
     }
 }
 
+impl Drop for Overflow {
+    fn drop(&mut self) {
+        if let Some(refused) = self.episode {
+            tracing::info!(refused, "the buffer was full until the end");
+        }
+    }
+}
+
 /// Reports an overflow at its beginning and its end, with a count.
 #[derive(Debug, Default)]
 struct Overflow {
@@ -154,14 +163,12 @@ impl Overflow {
 
 /// A message of the client library as one of ours.
 pub fn received(message: async_nats::Message, kind: Kind) -> Message {
-    let message_id = message
-        .headers
-        .as_ref()
-        .and_then(|headers| headers.get(NATS_MSG_ID))
-        .map(|value| value.as_str().to_owned());
+    let message_id = message.headers.as_ref().and_then(|headers| headers.get(NATS_MSG_ID));
+    let id = message_id.map_or_else(JobId::new, |id| JobId::from_message_id(id.as_str()));
     Message {
         payload: message.payload,
-        message_id,
+        id,
+        size: message.length,
         reply: message.reply.map(|reply| reply.to_string()),
         kind,
         received_at: SystemTime::now(),

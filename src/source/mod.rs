@@ -8,13 +8,19 @@ use std::time::{Duration, Instant, SystemTime};
 use async_trait::async_trait;
 use bytes::Bytes;
 
+use crate::job::JobId;
+
 /// A request as it arrived.
 #[derive(Clone, Debug)]
 pub struct Message {
     /// Its body.
     pub payload: Bytes,
-    /// Its `Nats-Msg-Id` header.
-    pub message_id: Option<String>,
+    /// The job's id where the body does not name it: of the `Nats-Msg-Id` header, or new. The same
+    /// at every attempt.
+    pub id: JobId,
+    /// What it takes in memory, headers included, in bytes: the body is a part of one allocation
+    /// with them.
+    pub size: usize,
     /// Where an answer is waited for.
     pub reply: Option<String>,
     /// Whether the sender waits for nothing but the answer.

@@ -27,6 +27,9 @@ use crate::job::{Failure, Job, JobError, code};
 const OOM_NOTICE_DELAYS: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(150)];
 /// Exit code of a process that SIGKILL ended.
 const KILLED: i64 = 128 + 9;
+/// How many places a command is looked for in, and for how long.
+const MAX_CANDIDATES: usize = 32;
+const LOOK_PATIENCE: Duration = Duration::from_secs(5);
 /// Slack between a run's own deadline and the label that lets others remove its container.
 const DEADLINE_MARGIN: Duration = Duration::from_secs(60);
 
@@ -187,8 +190,10 @@ impl Container {
         if inspected.path.as_deref() != Some(command) {
             return None;
         }
-        // A function can print the same words, but only one whose command is there to be run.
-        if code == 127 && self.has_executable(command, inspected).await {
+        // A function can print the same words, but only one whose command can be run.
+        let looked =
+            tokio::time::timeout(LOOK_PATIENCE, self.is_runnable(command, code, inspected));
+        if looked.await.unwrap_or(true) {
             return None;
         }
         let (code, what) = match code {
@@ -199,28 +204,72 @@ impl Container {
         Some(Failure::Rejected(JobError::new(code, message)))
     }
 
-    async fn has_executable(&self, command: &str, inspected: &ContainerInspectResponse) -> bool {
+    /// Whether the file that the init process could not execute can be executed after all: is
+    /// there (127), or is there for everybody to execute (126).
+    async fn is_runnable(
+        &self,
+        command: &str,
+        code: i64,
+        inspected: &ContainerInspectResponse,
+    ) -> bool {
         let config = inspected.config.as_ref();
-        let candidates: Vec<String> = if command.starts_with('/') {
-            vec![command.to_owned()]
-        } else if command.contains('/') {
-            let dir = config.and_then(|c| c.working_dir.as_deref()).unwrap_or_default();
-            vec![format!("{dir}/{command}")]
-        } else {
-            let env = config.and_then(|c| c.env.as_deref()).unwrap_or_default();
-            let path = env.iter().find_map(|v| v.strip_prefix("PATH="));
-            path.unwrap_or(DEFAULT_PATH).split(':').map(|dir| format!("{dir}/{command}")).collect()
-        };
-        for path in candidates {
-            let query = ContainerArchiveInfoOptions { path };
-            let name = &self.name;
-            let stat =
-                |d: Docker| async move { d.get_container_archive_info(name, Some(query)).await };
-            if self.engine().call("look for the command", stat).await.is_ok() {
+        let dir = config.and_then(|c| c.working_dir.as_deref()).unwrap_or_default();
+        let env = config.and_then(|c| c.env.as_deref()).unwrap_or_default();
+        for path in candidates(command, dir, env) {
+            let Some(mut file) = self.stat(path).await else { continue };
+            if file.is_link() {
+                let Some(target) = self.stat(file.link_target).await else { continue };
+                file = target;
+            }
+            if code == 127 || file.is_executable_by_all() {
                 return true;
             }
         }
         false
+    }
+
+    async fn stat(&self, path: String) -> Option<File> {
+        let query = ContainerArchiveInfoOptions { path };
+        let name = &self.name;
+        let stat = |d: Docker| async move { d.get_container_archive_info(name, Some(query)).await };
+        let stat = self.engine().call("look for the command", stat).await.ok()?;
+        Some(File { mode: stat.file_mode, link_target: stat.link_target })
+    }
+}
+
+/// A file in a container.
+struct File {
+    /// Go's `FileMode`, which the engine sends: permissions as in Unix, kinds in the high bits.
+    mode: u32,
+    link_target: String,
+}
+
+impl File {
+    const DIRECTORY: u32 = 1 << 31;
+    const LINK: u32 = 1 << 27;
+
+    fn is_link(&self) -> bool {
+        self.mode & Self::LINK != 0
+    }
+
+    fn is_executable_by_all(&self) -> bool {
+        self.mode & Self::DIRECTORY == 0 && self.mode & 0o001 != 0
+    }
+}
+
+/// Where `command` is looked for, as execvp(3) does. At most [`MAX_CANDIDATES`] places: the
+/// environment is the caller's.
+fn candidates(command: &str, dir: &str, env: &[String]) -> Vec<String> {
+    if command.is_empty() {
+        Vec::new()
+    } else if command.starts_with('/') {
+        vec![command.to_owned()]
+    } else if command.contains('/') {
+        vec![format!("{dir}/{command}")]
+    } else {
+        let path = env.iter().find_map(|v| v.strip_prefix("PATH="));
+        let dirs = path.unwrap_or(DEFAULT_PATH).split(':');
+        dirs.take(MAX_CANDIDATES).map(|dir| format!("{dir}/{command}")).collect()
     }
 }
 
@@ -265,29 +314,34 @@ fn refusal(status: u16, message: &str, job: &Job) -> Option<Failure> {
         let user = job.user.as_deref().unwrap_or_default();
         return rejected(code::INVALID_USER, format!("user {user:?}: {message}"));
     }
-    if says(&["cannot mkdir", "working directory", "chdir to cwd", "mkdir /"]) {
+    // The engine's own trouble can come in the same words: a full disk, a missing helper program.
+    if says(&["no space left", "cannot allocate memory", "docker-init", "containerd-shim"]) {
+        return None;
+    }
+    if says(&["cannot mkdir", "chdir to cwd"]) {
         let dir = job.working_dir.as_deref().unwrap_or_default();
         return rejected(code::INVALID_WORKING_DIR, format!("working_dir {dir:?}: {message}"));
     }
-    if says(&["executable file not found", "stat ", "no such file or directory"])
-        && says(&["exec:"])
-    {
-        return rejected(code::COMMAND_NOT_FOUND, message.to_owned());
-    }
-    if says(&["permission denied"]) && says(&["exec:"]) {
-        return rejected(code::COMMAND_NOT_EXECUTABLE, message.to_owned());
+    if says(&["exec: \""]) {
+        if says(&["executable file not found", "no such file or directory"]) {
+            return rejected(code::COMMAND_NOT_FOUND, message.to_owned());
+        }
+        if says(&["permission denied"]) {
+            return rejected(code::COMMAND_NOT_EXECUTABLE, message.to_owned());
+        }
     }
     if says(&["no command specified"]) {
         return rejected(code::IMAGE_NO_COMMAND, message.to_owned());
     }
-    // An image that was removed between its inspection and now is pulled again by a next attempt.
-    if status == 404 && says(&["no such image"]) {
+    // An image that was removed between its inspection and now is pulled again by a next attempt,
+    // a container removed between its creation and now is created again.
+    if status == 404 && says(&["no such image", "no such container"]) {
         return None;
     }
     // What remains of the client errors will not be mended by trying again.
     (400..500)
         .contains(&status)
-        .then(|| Failure::Permanent(JobError::new(code::CONTAINER_REFUSED, message.to_owned())))
+        .then(|| Failure::Permanent(JobError::new(code::CONTAINER_REFUSED, message)))
 }
 
 /// The command and the reason, where `said` is nothing but the init process' report that it could
@@ -305,6 +359,60 @@ fn init_failure(code: i64, said: &[u8]) -> Option<(&str, &str)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::job::Limits;
+
+    fn refused(status: u16, message: &str) -> Option<String> {
+        let job = Job {
+            id: crate::job::JobId::new(),
+            image: "python".to_owned(),
+            args: vec![],
+            env: Default::default(),
+            stdin: None,
+            working_dir: Some("/w".to_owned()),
+            user: None,
+            network: "none".to_owned(),
+            labels: Default::default(),
+            limits: Limits { timeout: Duration::ZERO, memory_bytes: 0, cpus: 1.0, pids: 1 },
+        };
+        refusal(status, message, &job).map(|failure| failure.error().code.to_string())
+    }
+
+    #[test]
+    fn refusals_are_put_down_to_whom_they_are_due_to() {
+        for (status, message, code) in [
+            (
+                400,
+                "unable to find user x: no matching entries in passwd file",
+                Some(code::INVALID_USER),
+            ),
+            (400, "Cannot mkdir: /etc/passwd is not a directory", Some(code::INVALID_WORKING_DIR)),
+            (500, "mkdir /var/lib/docker/overlay2/x: no space left on device", None),
+            (500, "mkdir /sys/fs/cgroup/memory/docker/x: cannot allocate memory", None),
+            (400, "exec: \"docker-init\": executable file not found in $PATH", None),
+            (
+                400,
+                "runc create failed: exec: \"nosuch\": executable file not found in $PATH",
+                Some(code::COMMAND_NOT_FOUND),
+            ),
+            (400, "exec: \"/etc/passwd\": permission denied", Some(code::COMMAND_NOT_EXECUTABLE)),
+            (404, "No such image: sha256:x", None),
+            (404, "No such container: x", None),
+            (404, "network lan not found", Some(code::CONTAINER_REFUSED)),
+            (500, "server error", None),
+        ] {
+            assert_eq!(refused(status, message).as_deref(), code, "{message}");
+        }
+    }
+
+    #[test]
+    fn commands_are_looked_for_in_few_places() {
+        assert_eq!(candidates("", "/", &[]), [""; 0]);
+        assert_eq!(candidates("/a/b", "/", &[]), ["/a/b"]);
+        assert_eq!(candidates("./b", "/w", &[]), ["/w/./b"]);
+        assert_eq!(candidates("b", "/w", &["PATH=/x:/y".to_owned()]), ["/x/b", "/y/b"]);
+        let long = format!("PATH={}", "/x:".repeat(5000));
+        assert_eq!(candidates("b", "/", &[long]).len(), MAX_CANDIDATES);
+    }
 
     #[test]
     fn the_init_process_own_words_are_known() {

@@ -24,7 +24,7 @@ pub(super) struct Engine {
 }
 
 /// How long a healthy engine may take to say that it is alive.
-const PING_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const PING_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A call that did not succeed.
 #[derive(Debug, thiserror::Error)]

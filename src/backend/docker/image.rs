@@ -129,23 +129,18 @@ impl Store {
         let config_dir = self.config_dir.clone();
         let task = tokio::spawn(async move {
             let full = reference.whole();
+            // Also when the pull breaks down: a later job must be able to try again.
+            let _forget = OnDrop(|| {
+                pulls.lock().unwrap_or_else(PoisonError::into_inner).remove(&full);
+            });
             tracing::info!(image = %full, "pulling image");
-            let result =
-                match tokio::time::timeout(timeout, pull(&engine, &reference, config_dir)).await {
-                    Ok(result) => result,
-                    Err(_) => Err(Failure::Permanent(JobError::new(
-                        code::IMAGE_PULL_TIMEOUT,
-                        format!(
-                            "{full} was not pulled within PULL_TIMEOUT, {}",
-                            humantime::format_duration(timeout)
-                        ),
-                    ))),
-                };
+            let pull = pull(&engine, &reference, config_dir, timeout);
+            let result = tokio::time::timeout(timeout, pull).await;
+            let result = result.unwrap_or_else(|_| Err(timed_out(&full, timeout)));
             match &result {
                 Ok(()) => tracing::info!(image = %full, "pulled image"),
                 Err(failure) => tracing::warn!(image = %full, %failure, "could not pull image"),
             }
-            pulls.lock().unwrap_or_else(PoisonError::into_inner).remove(&full);
             result
         });
         let aborted = || JobError::new(code::IMAGE_PULL_FAILED, "the pull was abandoned");
@@ -155,14 +150,36 @@ impl Store {
     }
 }
 
+/// Runs a closure when dropped.
+struct OnDrop<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+fn timed_out(full: &str, timeout: Duration) -> Failure {
+    let limit = humantime::format_duration(timeout);
+    let message = format!("{full} was not pulled within PULL_TIMEOUT, {limit}");
+    Failure::Permanent(JobError::new(code::IMAGE_PULL_TIMEOUT, message))
+}
+
 async fn pull(
     engine: &Engine,
     reference: &Reference,
     config_dir: Option<PathBuf>,
+    timeout: Duration,
 ) -> Result<(), Failure> {
-    let credentials = credentials::lookup(reference.registry(), config_dir)
-        .await
-        .map_err(|why| rejected(code::IMAGE_UNAUTHORIZED, why))?;
+    let full = reference.whole();
+    // A public image needs none: trouble with them is told where the registry wants them.
+    let (credentials, trouble) = match credentials::lookup(reference.registry(), config_dir).await {
+        Ok(credentials) => (credentials, None),
+        Err(trouble) => {
+            tracing::warn!(image = %full, trouble, "pulling without credentials");
+            (None, Some(trouble))
+        }
+    };
     // The API takes the digest as a tag; where both are given, the digest decides.
     let options = CreateImageOptions {
         from_image: Some(format!("{}/{}", reference.registry(), reference.repository())),
@@ -171,15 +188,20 @@ async fn pull(
     };
     engine
         .docker()?
+        // The engine answers with the first progress, and that comes only with the manifest: a slow
+        // registry must not look like a slow engine.
+        .with_timeout(timeout + Duration::from_secs(1))
         .create_image(Some(options), None, credentials)
         .try_for_each(|_progress| futures::future::ok(()))
         .await
-        .map_err(|error| classify(&reference.whole(), error))
+        .map_err(|error| classify(&full, error, trouble.as_deref()))
 }
 
 /// Engines tell registries' answers apart by their words alone. The words are those of the
 /// distribution specification's error codes and of Docker's own pull code.
-fn classify(full: &str, error: Error) -> Failure {
+///
+/// `trouble` is what went wrong with the credentials, should the registry want them.
+fn classify(full: &str, error: Error, trouble: Option<&str>) -> Failure {
     let text = match error {
         Error::DockerResponseServerError { message, .. } => message,
         Error::DockerStreamError { error } => error,
@@ -193,32 +215,35 @@ fn classify(full: &str, error: Error) -> Failure {
     let lower = text.to_lowercase();
     let says = |words: &[&str]| words.iter().any(|word| lower.contains(word));
     let message = format!("{full}: {text}");
-    // The default registry answers so for a repository that does not exist, too.
+    // The default registry answers with the first of these for what it does not let us see, too.
     if says(&[
-        "does not exist",
+        "repository does not exist",
         "manifest unknown",
         "name unknown",
-        "not found",
         "no such image",
         "no matching manifest",
-    ]) {
+        "invalid reference",
+    ]) || lower.trim_end().ends_with(": not found")
+    {
         rejected(code::IMAGE_NOT_FOUND, message)
     } else if says(&[
         "unauthorized",
         "no basic auth",
         "authentication required",
-        "denied",
+        "access denied",
+        "denied: ",
+        "access to the resource is denied",
         "incorrect username",
-    ]) {
-        rejected(code::IMAGE_UNAUTHORIZED, message)
-    } else if says(&["invalid reference"]) {
-        rejected(code::IMAGE_NOT_FOUND, message)
+    ]) && !says(&["permission denied"])
+    {
+        let trouble = trouble.map(|t| format!(" (and {t})")).unwrap_or_default();
+        rejected(code::IMAGE_UNAUTHORIZED, format!("{message}{trouble}"))
     } else {
         Failure::Transient(JobError::new(code::IMAGE_PULL_FAILED, message))
     }
 }
 
-fn rejected(code: &'static str, message: impl Into<String>) -> Failure {
+fn rejected(code: &'static str, message: impl AsRef<str>) -> Failure {
     Failure::Rejected(JobError::new(code, message))
 }
 
@@ -242,12 +267,16 @@ mod tests {
                 "Head \"http://x/v2/\": unauthorized: authentication required",
                 code::IMAGE_UNAUTHORIZED,
             ),
+            ("docker.io/library/x:1: not found", code::IMAGE_NOT_FOUND),
+            ("denied: requested access to the resource is denied", code::IMAGE_UNAUTHORIZED),
+            ("open /var/lib/docker/tmp/x: permission denied", code::IMAGE_PULL_FAILED),
+            ("unexpected status from HEAD request: 404 Not Found", code::IMAGE_PULL_FAILED),
             ("dial tcp 127.0.0.1:1: connect: connection refused", code::IMAGE_PULL_FAILED),
             ("received unexpected HTTP status: 503 Service Unavailable", code::IMAGE_PULL_FAILED),
         ] {
             let error =
                 Error::DockerResponseServerError { status_code: 500, message: text.to_owned() };
-            assert_eq!(classify("x:1", error).error().code, code, "{text}");
+            assert_eq!(classify("x:1", error, None).error().code, code, "{text}");
         }
     }
 }

@@ -55,6 +55,7 @@ struct Shared {
     /// Names of the containers that a run still sees to.
     live: Mutex<HashSet<String>>,
     turns: turns::Turns,
+    heartbeats: tokio::sync::Mutex<owner::Heartbeats>,
 }
 
 impl Docker {
@@ -69,7 +70,17 @@ impl Docker {
         let owner = owner::Identity::of_this_process();
         let live = Mutex::default();
         let turns = turns::Turns::new();
-        Ok(Self { shared: Arc::new(Shared { engine, images, options, owner, live, turns }) })
+        Ok(Self {
+            shared: Arc::new(Shared {
+                engine,
+                images,
+                options,
+                owner,
+                live,
+                turns,
+                heartbeats: tokio::sync::Mutex::default(),
+            }),
+        })
     }
 }
 
@@ -100,9 +111,13 @@ impl Shared {
 impl Backend for Docker {
     async fn preflight(&self) -> Result<(), PreflightError> {
         self.shared.engine.preflight(self.shared.options.confinement.runtime.as_deref()).await?;
-        self.shared.owner.locate(&self.shared.engine).await;
-        self.shared.owner.beat(&self.shared.engine).await;
-        Ok(())
+        let identify = async {
+            self.shared.owner.locate(&self.shared.engine).await;
+            self.shared.owner.beat(&self.shared.engine).await;
+        };
+        tokio::time::timeout(engine::PING_TIMEOUT, identify).await.map_err(|_| {
+            PreflightError::Unavailable("the engine answers pings and nothing else".to_owned())
+        })
     }
 
     fn prepare(&self, job: Job) -> Box<dyn Run> {

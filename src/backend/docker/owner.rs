@@ -7,15 +7,16 @@
 //!   in the same namespace of the same boot can tell for sure.
 //! - the container the process runs in, where that is one of the same engine: the engine can tell
 //!   for sure.
-//! - on an engine that several machines share, a heartbeat: a volume whose label holds the time,
-//!   replaced every [`HEARTBEAT_INTERVAL`].
+//! - on an engine that several machines share, a heartbeat: a volume whose label holds a number,
+//!   replaced every [`HEARTBEAT_INTERVAL`]. Who sees it unchanged for [`HEARTBEAT_EXPIRY`] on a clock
+//!   of its own knows that its owner is dead; no two clocks are compared.
 //!
 //! Where none of these can tell, a container is left alone until the deadline on its label.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bollard::Docker;
 use bollard::models::{ContainerInspectResponse, VolumeCreateRequest};
@@ -29,12 +30,12 @@ pub(super) const LABEL_OWNER: &str = "worker-spawner.owner";
 pub(super) const LABEL_OWNER_CONTAINER: &str = "worker-spawner.owner-container";
 /// Label of a heartbeat: the owner, as in [`LABEL_OWNER`].
 const LABEL_HEARTBEAT: &str = "worker-spawner.heartbeat";
-/// Label of a heartbeat: seconds since the epoch, on the owner's clock.
+/// Label of a heartbeat: a number that changes.
 const LABEL_BEAT: &str = "worker-spawner.beat";
 
 /// How often an instance on a shared engine says that it lives.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(15);
-/// How old the last heartbeat of a dead instance is: room for clocks a minute apart.
+/// How long the heartbeat of a dead instance has not changed.
 const HEARTBEAT_EXPIRY: Duration = Duration::from_secs(120);
 
 /// A process, in terms another process of the same machine can check.
@@ -94,8 +95,10 @@ impl Process {
             Verdict::Unknown
         } else if start_ticks(self.pid) == Some(self.start_ticks) {
             Verdict::Alive
-        } else {
+        } else if sees_others() {
             Verdict::Dead
+        } else {
+            Verdict::Unknown
         }
     }
 }
@@ -111,12 +114,32 @@ fn start_ticks(pid: u32) -> Option<u64> {
     fields.get(19).filter(|_| !ended)?.parse().ok()
 }
 
-/// The container this process runs in, by the paths the engine mounts into it.
+/// Whether this process may see those of other users. A /proc mounted with `hidepid` hides them, and
+/// what is hidden is not dead. Every PID namespace has a process 1, and it is seldom ours.
+fn sees_others() -> bool {
+    std::fs::read_to_string("/proc/1/stat").is_ok()
+}
+
+/// The container this process runs in, by the files the engine mounts into it.
 fn own_container() -> Option<String> {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let (_, rest) = mounts.split_once("/containers/")?;
-    let id: String = rest.chars().take_while(char::is_ascii_hexdigit).collect();
-    (id.len() == 64).then_some(id)
+    container_in(&std::fs::read_to_string("/proc/self/mountinfo").ok()?)
+}
+
+/// The container that a process with these mounts runs in: proc(5)'s mountinfo names for each mount
+/// its source in field 4 and its place in field 5. Mounts in other places are not looked at: where
+/// an engine shares its mounts with the host, the host sees those of every container.
+fn container_in(mountinfo: &str) -> Option<String> {
+    mountinfo.lines().find_map(|line| {
+        let mut fields = line.split(' ');
+        let (source, place) = (fields.nth(3)?, fields.next()?);
+        if !matches!(place, "/etc/hostname" | "/etc/hosts" | "/etc/resolv.conf") {
+            return None;
+        }
+        let (_, rest) = source.rsplit_once("/containers/")?;
+        let (id, _) = rest.split_once('/')?;
+        let is_id = id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit());
+        is_id.then(|| id.to_owned())
+    })
 }
 
 /// Who this instance is, for the labels of its containers.
@@ -156,9 +179,10 @@ impl Identity {
     }
 
     pub(super) fn labels(&self) -> Vec<(&'static str, String)> {
-        let process = self.process.as_ref().map(|p| (LABEL_OWNER, p.to_label()));
-        let container = self.container.get().map(|id| (LABEL_OWNER_CONTAINER, id.clone()));
-        process.into_iter().chain(container).collect()
+        let process = self.process.as_ref().map(Process::to_label).unwrap_or_default();
+        // Set even where there is none: an image's own labels must not speak for the owner.
+        let container = self.container.get().cloned().unwrap_or_default();
+        vec![(LABEL_OWNER, process), (LABEL_OWNER_CONTAINER, container)]
     }
 
     /// Says on a shared engine that this instance lives, if it is time. Elsewhere the kernel or the
@@ -221,7 +245,7 @@ impl Identity {
                 told => return told,
             }
         }
-        if let Some(id) = labels.get(LABEL_OWNER_CONTAINER) {
+        if let Some(id) = labels.get(LABEL_OWNER_CONTAINER).filter(|id| !id.is_empty()) {
             let query = None::<InspectContainerOptions>;
             let inspect = |d: Docker| async move { d.inspect_container(id, query).await };
             match engine.call("inspect an owner's container", inspect).await {
@@ -231,11 +255,12 @@ impl Identity {
                 Err(_) => return Verdict::Unknown,
             }
         }
-        owner.map_or(Verdict::Unknown, |owner| heartbeats.verdict(&owner))
+        owner.map_or(Verdict::Unknown, |owner| heartbeats.verdict(&owner, Instant::now()))
     }
 }
 
-/// An owner whose container stopped, or was started again after the job's was made, is dead.
+/// An owner whose container stopped, or was started again after the job's was made, is dead. The
+/// engine tells the latter in whole seconds.
 fn container_verdict(inspected: &ContainerInspectResponse, created: SystemTime) -> Verdict {
     let state = inspected.state.as_ref();
     let running = state.and_then(|s| s.running).unwrap_or(false);
@@ -243,54 +268,77 @@ fn container_verdict(inspected: &ContainerInspectResponse, created: SystemTime) 
         state.and_then(|s| s.started_at.as_deref()).and_then(|at| at.parse().ok());
     match started {
         _ if !running => Verdict::Dead,
-        Some(started) if SystemTime::from(started) > created => Verdict::Dead,
+        Some(started) if SystemTime::from(started) > created + Duration::from_secs(1) => {
+            Verdict::Dead
+        }
         _ => Verdict::Alive,
     }
 }
 
-/// The heartbeats on an engine.
+/// The heartbeats on an engine, and since when each has not changed.
 #[derive(Debug, Default)]
 pub(super) struct Heartbeats {
-    /// Each owner's last beat, in seconds since the epoch.
-    last: HashMap<Process, u64>,
-    now: u64,
+    seen: HashMap<Process, Seen>,
+}
+
+#[derive(Debug)]
+struct Seen {
+    beat: u64,
+    since: Instant,
+    volumes: Vec<String>,
 }
 
 impl Heartbeats {
-    /// Reads the engine's heartbeats, and removes those long gone silent.
-    pub(super) async fn read(engine: &Engine) -> Self {
-        let mut beats = Self { now: seconds(SystemTime::now()), ..Self::default() };
-        if !engine.is_remote() {
-            return beats;
-        }
+    /// Looks at the engine's heartbeats.
+    pub(super) async fn observe(&mut self, engine: &Engine) {
         let filters = HashMap::from([("label".to_owned(), vec![LABEL_HEARTBEAT.to_owned()])]);
         let query = ListVolumesOptions { filters: Some(filters) };
-        let listed = engine
-            .call("list heartbeats", |d| async move { d.list_volumes(Some(query)).await })
-            .await;
-        for volume in listed.ok().and_then(|l| l.volumes).unwrap_or_default() {
+        let list = |d: Docker| async move { d.list_volumes(Some(query)).await };
+        // What cannot be seen now has not changed.
+        let Ok(listed) = engine.call("list heartbeats", list).await else { return };
+        let mut found: HashMap<Process, (u64, Vec<String>)> = HashMap::new();
+        for volume in listed.volumes.unwrap_or_default() {
             let owner = volume.labels.get(LABEL_HEARTBEAT).and_then(|l| Process::from_label(l));
             let beat = volume.labels.get(LABEL_BEAT).and_then(|b| b.parse::<u64>().ok());
-            let Some((owner, beat)) = owner.zip(beat) else {
-                continue;
-            };
-            // Kept for as long as containers of that owner may be judged by it.
-            if beats.now.saturating_sub(beat) > 100 * HEARTBEAT_EXPIRY.as_secs() {
-                remove_volume(engine, &volume.name).await;
-            }
-            let last = beats.last.entry(owner).or_default();
+            let Some((owner, beat)) = owner.zip(beat) else { continue };
+            let (last, volumes) = found.entry(owner).or_default();
             *last = beat.max(*last);
+            volumes.push(volume.name);
         }
-        beats
+        self.update(found, Instant::now());
     }
 
-    fn verdict(&self, owner: &Process) -> Verdict {
-        match self.last.get(owner) {
+    fn update(&mut self, found: HashMap<Process, (u64, Vec<String>)>, now: Instant) {
+        let mut before = std::mem::take(&mut self.seen);
+        self.seen = found
+            .into_iter()
+            .map(|(owner, (beat, volumes))| {
+                let since = match before.remove(&owner) {
+                    Some(seen) if seen.beat == beat => seen.since,
+                    _ => now,
+                };
+                (owner, Seen { beat, since, volumes })
+            })
+            .collect();
+    }
+
+    fn verdict(&self, owner: &Process, now: Instant) -> Verdict {
+        match self.seen.get(owner) {
             None => Verdict::Unknown,
-            Some(beat) if self.now.saturating_sub(*beat) > HEARTBEAT_EXPIRY.as_secs() => {
-                Verdict::Dead
-            }
+            Some(seen) if now.duration_since(seen.since) > HEARTBEAT_EXPIRY => Verdict::Dead,
             Some(_) => Verdict::Alive,
+        }
+    }
+
+    /// Removes the heartbeats of the dead, once no container is left to be judged by them.
+    pub(super) async fn clear(&self, engine: &Engine, still_named: &HashSet<String>) {
+        for (owner, seen) in &self.seen {
+            let dead = self.verdict(owner, Instant::now()) == Verdict::Dead;
+            if dead && !still_named.contains(&owner.to_label()) {
+                for volume in &seen.volumes {
+                    remove_volume(engine, volume).await;
+                }
+            }
         }
     }
 }
@@ -359,16 +407,56 @@ mod tests {
     }
 
     #[test]
-    fn heartbeats_expire() {
+    fn a_heartbeat_that_does_not_change_is_a_dead_instances() {
         let owner = Process::this().unwrap();
-        let expiry = HEARTBEAT_EXPIRY.as_secs();
-        for (age, verdict) in
-            [(0, Verdict::Alive), (expiry, Verdict::Alive), (expiry + 1, Verdict::Dead)]
-        {
-            let beats =
-                Heartbeats { last: HashMap::from([(owner.clone(), 1000)]), now: 1000 + age };
-            assert_eq!(beats.verdict(&owner), verdict, "{age} s old");
+        let mut beats = Heartbeats::default();
+        let begun = Instant::now();
+        assert_eq!(beats.verdict(&owner, begun), Verdict::Unknown);
+        for (beat, at, verdict) in [
+            (7, 0, Verdict::Alive),
+            (7, HEARTBEAT_EXPIRY.as_secs(), Verdict::Alive),
+            (7, HEARTBEAT_EXPIRY.as_secs() + 1, Verdict::Dead),
+            (8, HEARTBEAT_EXPIRY.as_secs() + 2, Verdict::Alive),
+        ] {
+            let now = begun + Duration::from_secs(at);
+            beats.update(HashMap::from([(owner.clone(), (beat, vec![]))]), now);
+            assert_eq!(beats.verdict(&owner, now), verdict, "beat {beat} after {at} s");
         }
-        assert_eq!(Heartbeats::default().verdict(&owner), Verdict::Unknown);
+        beats.update(HashMap::new(), begun);
+        assert_eq!(beats.verdict(&owner, begun), Verdict::Unknown);
+    }
+
+    #[test]
+    fn the_own_container_is_known_by_the_engines_mounts() {
+        let id = "0123456789abcdef".repeat(4);
+        let inside = format!(
+            "700 680 0:50 / / rw - overlay overlay rw\n\
+             710 700 8:1 /srv/containers/docker/containers/{id}/hostname /etc/hostname rw - ext4 x rw"
+        );
+        assert_eq!(container_in(&inside), Some(id.clone()));
+        let host = format!(
+            "90 24 0:60 / /var/lib/docker/containers/{id}/mounts/shm rw - tmpfs shm rw\n\
+             91 24 8:1 /etc/hostname /etc/hostname rw - ext4 x rw"
+        );
+        assert_eq!(container_in(&host), None);
+    }
+
+    #[test]
+    fn an_owner_whose_container_ended_or_began_anew_is_dead() {
+        let created = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+        for (running, started_at, verdict) in [
+            (true, "2023-11-14T22:13:19Z", Verdict::Alive),
+            (true, "2023-11-14T22:13:20.9Z", Verdict::Alive),
+            (true, "2023-11-14T22:13:22Z", Verdict::Dead),
+            (false, "2023-11-14T22:13:19Z", Verdict::Dead),
+        ] {
+            let state = bollard::models::ContainerState {
+                running: Some(running),
+                started_at: Some(started_at.to_owned()),
+                ..Default::default()
+            };
+            let inspected = ContainerInspectResponse { state: Some(state), ..Default::default() };
+            assert_eq!(container_verdict(&inspected, created), verdict, "{running} {started_at}");
+        }
     }
 }

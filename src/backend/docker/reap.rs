@@ -7,7 +7,7 @@ use bollard::models::ContainerSummary;
 use bollard::query_parameters::ListContainersOptions;
 
 use super::Shared;
-use super::owner::{Heartbeats, Verdict};
+use super::owner::{Heartbeats, LABEL_OWNER, Verdict};
 use super::spec::{LABEL_DEADLINE, LABEL_INSTANCE, LABEL_JOB_ID};
 
 /// One look at every container that an instance of this program made.
@@ -22,10 +22,13 @@ pub(super) async fn sweep(shared: &Shared) -> anyhow::Result<()> {
     let containers = engine
         .call("list containers", |d| async move { d.list_containers(Some(query)).await })
         .await?;
-    if containers.is_empty() {
-        return Ok(());
+    let mut heartbeats = shared.heartbeats.lock().await;
+    if engine.is_remote() {
+        heartbeats.observe(engine).await;
     }
-    let heartbeats = Heartbeats::read(engine).await;
+    let owner = |c: &ContainerSummary| c.labels.as_ref()?.get(LABEL_OWNER).cloned();
+    let owners = containers.iter().filter_map(owner).collect();
+    heartbeats.clear(engine, &owners).await;
     let mut failures = 0;
     for container in containers {
         let Some(id) = container.id.clone() else {

@@ -1,6 +1,6 @@
 //! Image references: their full form, and which of them may run.
 
-use globset::{Glob, GlobSet, GlobSetBuilder};
+use globset::{Glob, GlobMatcher};
 use oci_spec::distribution::Reference;
 
 /// The registry of a reference that names none.
@@ -15,7 +15,16 @@ pub(super) fn normalise(image: &str) -> Option<Reference> {
 /// The operator's list of images that may run.
 #[derive(Clone, Debug)]
 pub struct AllowList {
-    globs: Option<GlobSet>,
+    /// Nothing: everything may.
+    patterns: Option<Vec<Pattern>>,
+}
+
+#[derive(Clone, Debug)]
+struct Pattern {
+    glob: GlobMatcher,
+    /// Whether it says something of the tag and nothing of the digest. What a digest names is the
+    /// content, whatever tag stands beside it, so such a pattern allows no reference with a digest.
+    is_about_tags: bool,
 }
 
 impl AllowList {
@@ -27,20 +36,31 @@ impl AllowList {
     /// # Errors
     /// A pattern is no glob.
     pub fn new(patterns: &[String]) -> Result<Self, globset::Error> {
-        if patterns.is_empty() {
-            return Ok(Self { globs: None });
-        }
-        let mut globs = GlobSetBuilder::new();
-        for pattern in patterns {
-            globs.add(Glob::new(&complete(pattern))?);
-        }
-        Ok(Self { globs: Some(globs.build()?) })
+        let compile = |pattern: &String| {
+            let full = complete(pattern);
+            let last = full.rsplit('/').next().unwrap_or_default();
+            let tag = last.split_once(':').map(|(_, tag)| tag);
+            let is_about_tags = !full.contains('@') && tag.is_some_and(|tag| tag != "*");
+            Ok(Pattern { glob: Glob::new(&full)?.compile_matcher(), is_about_tags })
+        };
+        let patterns = patterns.iter().map(compile).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { patterns: Some(patterns).filter(|p| !p.is_empty()) })
     }
 
     /// Whether `reference`, in its full form, may run.
     #[must_use]
     pub fn allows(&self, reference: &str) -> bool {
-        self.globs.as_ref().is_none_or(|globs| globs.is_match(reference))
+        let has_digest = reference.contains('@');
+        // `:*` is any tag, none included.
+        let matches = |p: &Pattern| {
+            !(has_digest && p.is_about_tags)
+                && (p.glob.is_match(reference) || {
+                    let (name, digest) = reference.split_once('@').unwrap_or((reference, ""));
+                    let tagless = !name.rsplit('/').next().unwrap_or_default().contains(':');
+                    has_digest && tagless && p.glob.is_match(format!("{name}:@{digest}"))
+                })
+        };
+        self.patterns.as_ref().is_none_or(|patterns| patterns.iter().any(matches))
     }
 }
 
@@ -102,6 +122,21 @@ mod tests {
         ] {
             let list = AllowList::new(&[pattern.to_owned()]).unwrap();
             let full = normalise(image).unwrap().whole();
+            assert_eq!(list.allows(&full), allowed, "{pattern} on {full}");
+        }
+        let digest = format!("@sha256:{}", "a".repeat(64));
+        for (pattern, image, allowed) in [
+            ("python:3.*", format!("python:3.1{digest}"), false),
+            ("python", format!("python{digest}"), false),
+            ("python:*", format!("python:3.1{digest}"), true),
+            ("python:*", format!("python{digest}"), true),
+            ("docker.io/library/*", format!("python{digest}"), true),
+            ("python@sha256:*", format!("python{digest}"), true),
+            (&format!("python{digest}"), format!("python{digest}"), true),
+            ("127.0.0.1:5000/*", format!("127.0.0.1:5000/x{digest}"), true),
+        ] {
+            let list = AllowList::new(&[pattern.to_owned()]).unwrap();
+            let full = normalise(&image).unwrap().whole();
             assert_eq!(list.allows(&full), allowed, "{pattern} on {full}");
         }
         assert!(AllowList::new(&[]).unwrap().allows("docker.io/library/x:1"));

@@ -1,0 +1,394 @@
+//! The benchmark: from the publishing of a request to its result, against the ways of running one container by hand.
+//!
+//! All contenders run on one engine in one process's lifetime, in rounds (A B C A B C …, the order rotating), so that
+//! drift and noise reach all of them alike; a warm-up round is thrown away. What counts is the ratio between two
+//! contenders within a round: the absolute times say more about the machine than about the program.
+//!
+//! `scripts/bench.sh [--long] [--rounds N] [--budget SECONDS] [--without-daemon]`; docs/BENCHMARKS.md has the method.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod daemon;
+mod engine;
+mod report;
+mod stats;
+
+use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
+use std::process::{ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use futures::FutureExt;
+use futures::future::try_join_all;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::daemon::{Daemon, Nats, Usage};
+use crate::engine::{COMMAND, Engine, IMAGE, PRINTED, Timing};
+use crate::stats::Samples;
+
+/// How many jobs are under way at once.
+const PARALLEL: [usize; 2] = [1, 8];
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Contender {
+    /// The daemon, the next job published as soon as a result is in.
+    Daemon,
+    /// The daemon when it is idle: the next job is published when the container of the last is gone.
+    DaemonIdle,
+    Run,
+    RunNoNetwork,
+    /// Create, attach, start, wait, remove: the floor.
+    Bare,
+    /// The floor with the daemon's confinement.
+    BareConfined,
+}
+
+impl Contender {
+    fn all() -> [Self; 6] {
+        [
+            Self::Daemon,
+            Self::Run,
+            Self::RunNoNetwork,
+            Self::Bare,
+            Self::DaemonIdle,
+            Self::BareConfined,
+        ]
+    }
+
+    fn takes_part(self, parallel: usize, options: &Options) -> bool {
+        match self {
+            Self::Daemon => !options.without_daemon,
+            Self::DaemonIdle => !options.without_daemon && parallel == 1,
+            _ => true,
+        }
+    }
+}
+
+struct Options {
+    long: bool,
+    rounds: usize,
+    budget: Duration,
+    without_daemon: bool,
+}
+
+impl Options {
+    fn parse() -> Result<Self> {
+        let mut options = Self {
+            long: false,
+            rounds: 8,
+            budget: Duration::from_secs(190),
+            without_daemon: false,
+        };
+        let mut args = std::env::args().skip(1);
+        while let Some(arg) = args.next() {
+            match arg.as_str() {
+                "--long" => options.long = true,
+                "--without-daemon" => options.without_daemon = true,
+                "--rounds" => options.rounds = args.next().context("--rounds N")?.parse()?,
+                "--budget" => {
+                    options.budget =
+                        Duration::from_secs(args.next().context("--budget S")?.parse()?)
+                }
+                "--bench" => {} // cargo says so to every benchmark
+                other => bail!("unknown argument {other}"),
+            }
+        }
+        ensure!(options.rounds > 0, "--rounds must be at least 1");
+        Ok(options)
+    }
+}
+
+/// What one contender did in one round at one degree of parallelism.
+#[derive(Default)]
+pub(crate) struct Block {
+    /// Publish to result; for the others, start to the container's removal, which is when `docker run --rm` returns.
+    pub(crate) latency: Samples,
+    /// Start to known exit and output, where that can be told from the removal.
+    pub(crate) to_result: Samples,
+    pub(crate) wall: Duration,
+    pub(crate) lost: usize,
+    pub(crate) wrong: usize,
+}
+
+pub(crate) struct Burst {
+    pub(crate) jobs: usize,
+    pub(crate) slots: usize,
+    pub(crate) lost: usize,
+    pub(crate) wrong: usize,
+    pub(crate) took: Duration,
+    pub(crate) usage: Usage,
+}
+
+pub(crate) struct DaemonFigures {
+    pub(crate) slots: usize,
+    pub(crate) cpu_jobs: usize,
+    pub(crate) cpu_ms_per_job: f64,
+    /// Jobs done so far, and the process at that point.
+    pub(crate) memory: Vec<(usize, Usage)>,
+}
+
+#[derive(Default)]
+pub(crate) struct Measured {
+    pub(crate) environment: String,
+    pub(crate) rounds: usize,
+    pub(crate) blocks: HashMap<(Contender, usize), Vec<Block>>,
+    pub(crate) daemons: Vec<DaemonFigures>,
+    pub(crate) burst: Option<Burst>,
+    pub(crate) lost: usize,
+    pub(crate) wrong: usize,
+}
+
+fn main() -> ExitCode {
+    let options = match Options::parse() {
+        Ok(options) => options,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            return ExitCode::from(64);
+        }
+    };
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let outcome = runtime.block_on(guarded(&options));
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    match outcome {
+        Ok(measured) => {
+            println!("{}", report::markdown(&measured));
+            if measured.lost > 0 || measured.wrong > 0 {
+                ExitCode::FAILURE
+            } else {
+                ExitCode::SUCCESS
+            }
+        }
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Measures, and leaves neither container nor image nor process, whether it ends well, fails, panics or is told to stop.
+async fn guarded(options: &Options) -> Result<Measured> {
+    let engine = Engine::connect().await?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let outcome = tokio::select! {
+        done = AssertUnwindSafe(measure(options, &engine)).catch_unwind() =>
+            done.unwrap_or_else(|_| Err(anyhow::anyhow!("a panic"))),
+        _ = interrupt.recv() => Err(anyhow::anyhow!("interrupted")),
+        _ = terminate.recv() => Err(anyhow::anyhow!("terminated")),
+    };
+    if outcome.is_err() {
+        // The engine may still be busy with the last request of a process that was killed.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    engine.sweep().await;
+    outcome
+}
+
+async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
+    Engine::import_image()?;
+    let nats = Nats::start().await?;
+    let mut daemons = HashMap::new();
+    if !options.without_daemon {
+        for parallel in PARALLEL {
+            daemons.insert(parallel, Daemon::start(&nats, parallel).await?);
+        }
+    }
+    let mut measured = Measured {
+        environment: format!(
+            "{}, nats-server {}, load average {} at the start",
+            engine.describe().await?,
+            nats.version,
+            load_average()
+        ),
+        ..Measured::default()
+    };
+
+    eprintln!("bench: warm-up");
+    for parallel in PARALLEL {
+        for contender in Contender::all().into_iter().filter(|c| c.takes_part(parallel, options)) {
+            block(engine, &mut daemons, contender, parallel, 2 * parallel).await?;
+        }
+    }
+    let mut before = HashMap::new();
+    for (slots, daemon) in &daemons {
+        before.insert(*slots, (daemon.jobs_done, daemon.usage()?));
+    }
+
+    let began = Instant::now();
+    for round in 0..options.rounds {
+        if round >= 3 && began.elapsed() + began.elapsed() / u32::try_from(round)? > options.budget
+        {
+            eprintln!("bench: the time is up after {round} rounds");
+            break;
+        }
+        eprintln!("bench: round {} of {}", round + 1, options.rounds);
+        for (parallel, jobs) in PARALLEL.into_iter().zip([10, 32]) {
+            let mut order = Contender::all();
+            let by = round % order.len();
+            order.rotate_left(by);
+            for contender in order.into_iter().filter(|c| c.takes_part(parallel, options)) {
+                let block = block(engine, &mut daemons, contender, parallel, jobs).await?;
+                measured.lost += block.lost;
+                measured.wrong += block.wrong;
+                measured.blocks.entry((contender, parallel)).or_default().push(block);
+            }
+        }
+        measured.rounds += 1;
+    }
+
+    for slots in PARALLEL {
+        let Some(daemon) = daemons.get_mut(&slots) else {
+            continue;
+        };
+        let (jobs_before, usage_before) = before[&slots];
+        let usage = daemon.usage()?;
+        let jobs = daemon.jobs_done - jobs_before;
+        let mut figures = DaemonFigures {
+            slots,
+            cpu_jobs: jobs,
+            cpu_ms_per_job: (usage.cpu_ms - usage_before.cpu_ms) / jobs as f64,
+            memory: Vec::new(),
+        };
+        if slots > 1 {
+            // The same daemon goes on, so that the figures are points on one line.
+            for mark in if options.long { &[200, 1000, 2000][..] } else { &[200][..] } {
+                let missing = mark.max(&daemon.jobs_done) - daemon.jobs_done;
+                eprintln!("bench: up to {mark} jobs, {missing} to go");
+                let batch = daemon.run(missing, slots).await?;
+                engine.drained().await?;
+                measured.lost += batch.lost;
+                measured.wrong += batch.wrong;
+                figures.memory.push((daemon.jobs_done, daemon.usage()?));
+            }
+        }
+        measured.daemons.push(figures);
+    }
+    for (_, daemon) in daemons {
+        daemon.stop().await;
+    }
+    if options.long && !options.without_daemon {
+        let (jobs, slots) = (10_000, 5);
+        let mut daemon = Daemon::start(&nats, slots).await?;
+        eprintln!("bench: burst of {jobs}");
+        let (batch, took) = daemon.burst(jobs).await?;
+        measured.lost += batch.lost;
+        measured.wrong += batch.wrong;
+        measured.burst = Some(Burst {
+            jobs,
+            slots,
+            lost: batch.lost,
+            wrong: batch.wrong,
+            took,
+            usage: daemon.usage()?,
+        });
+        engine.drained().await?;
+        daemon.stop().await;
+    }
+    Ok(measured)
+}
+
+/// Runs one block and waits until its last container is gone, which is part of its time: a contender that answers
+/// first and cleans up later does not get the cleaning for nothing.
+async fn block(
+    engine: &Engine,
+    daemons: &mut HashMap<usize, Daemon>,
+    contender: Contender,
+    parallel: usize,
+    jobs: usize,
+) -> Result<Block> {
+    let started = Instant::now();
+    let mut block = Block::default();
+    match contender {
+        Contender::Daemon => {
+            let batch =
+                daemons.get_mut(&parallel).context("no daemon")?.run(jobs, parallel).await?;
+            block.latency = Samples::of(&batch.latencies);
+            (block.lost, block.wrong) = (batch.lost, batch.wrong);
+        }
+        Contender::DaemonIdle => {
+            let daemon = daemons.get_mut(&parallel).context("no daemon")?;
+            let mut latencies = Vec::new();
+            for _ in 0..jobs {
+                let batch = daemon.run(1, 1).await?;
+                engine.drained().await?;
+                // The slot comes back just after the container is gone.
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                latencies.extend(batch.latencies);
+                block.lost += batch.lost;
+                block.wrong += batch.wrong;
+            }
+            block.latency = Samples::of(&latencies);
+            block.to_result = block.latency.clone();
+        }
+        Contender::Run => {
+            block.latency = removed(&each(jobs, parallel, || command_line(&[])).await?)
+        }
+        Contender::RunNoNetwork => {
+            block.latency =
+                removed(&each(jobs, parallel, || command_line(&["--network", "none"])).await?);
+        }
+        Contender::Bare | Contender::BareConfined => {
+            let body =
+                if contender == Contender::Bare { engine::minimal() } else { engine::confined() };
+            let timings = each(jobs, parallel, || engine.run_bare(body.clone())).await?;
+            block.latency = removed(&timings);
+            block.to_result = Samples::of(&timings.iter().map(|t| t.to_result).collect::<Vec<_>>());
+        }
+    }
+    engine.drained().await?;
+    block.wall = started.elapsed();
+    Ok(block)
+}
+
+fn removed(timings: &[Timing]) -> Samples {
+    Samples::of(&timings.iter().map(|t| t.to_removed).collect::<Vec<_>>())
+}
+
+/// Runs `jobs` jobs, `parallel` at a time, each line starting its next as soon as its last is done.
+async fn each<F, Fut>(jobs: usize, parallel: usize, job: F) -> Result<Vec<Timing>>
+where
+    F: Fn() -> Fut,
+    Fut: Future<Output = Result<Timing>>,
+{
+    let taken = Arc::new(AtomicUsize::new(0));
+    let lines = (0..parallel).map(|_| async {
+        let mut timings = Vec::new();
+        while taken.fetch_add(1, Ordering::Relaxed) < jobs {
+            timings.push(job().await?);
+        }
+        Ok::<_, anyhow::Error>(timings)
+    });
+    Ok(try_join_all(lines).await?.into_iter().flatten().collect())
+}
+
+/// `docker run --rm` as anyone would type it. It returns when the container is gone.
+async fn command_line(options: &[&str]) -> Result<Timing> {
+    let started = Instant::now();
+    let run = tokio::process::Command::new("docker")
+        .args(["run", "--rm"])
+        .args(options)
+        .arg(IMAGE)
+        .args(COMMAND)
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await?;
+    let took = started.elapsed();
+    ensure!(
+        run.status.success() && run.stdout == PRINTED.as_bytes(),
+        "docker run: {}, {:?}",
+        run.status,
+        String::from_utf8_lossy(&run.stderr)
+    );
+    Ok(Timing { to_result: took, to_removed: took })
+}
+
+fn load_average() -> String {
+    std::fs::read_to_string("/proc/loadavg")
+        .ok()
+        .and_then(|l| l.split_whitespace().next().map(str::to_owned))
+        .unwrap_or_default()
+}

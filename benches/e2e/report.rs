@@ -1,0 +1,273 @@
+//! The figures as Markdown: ratios and their verdicts first, the absolute times after them.
+
+use std::fmt::Write;
+
+use crate::stats::Samples;
+use crate::{Block, Contender, Measured};
+
+/// What page-sized noise may add to the resident memory between two readings.
+const MEMORY_NOISE_KIB: u64 = 512;
+
+struct Ratio {
+    median: f64,
+    low: f64,
+    high: f64,
+}
+
+pub(crate) fn markdown(measured: &Measured) -> String {
+    let mut out = String::new();
+    let _ = writeln!(out, "Environment: {}. {} rounds.\n", measured.environment, measured.rounds);
+    goals(&mut out, measured);
+    table(&mut out, measured);
+    ratios(&mut out, measured);
+    daemon(&mut out, measured);
+    let _ = writeln!(
+        out,
+        "Jobs lost: {}. Jobs with a wrong result: {}.",
+        measured.lost, measured.wrong
+    );
+    out
+}
+
+fn goals(out: &mut String, m: &Measured) {
+    let _ = writeln!(out, "| goal | limit | measured | verdict |\n|---|---|---|---|");
+    let mut row = |goal: &str, limit: String, value: String, met: Option<bool>| {
+        let verdict = match met {
+            Some(true) => "met",
+            Some(false) => "**not met**",
+            None => "not measured",
+        };
+        let _ = writeln!(out, "| {goal} | {limit} | {value} | {verdict} |");
+    };
+    // `docker run --rm` has its result when it returns. The floor knows it before its removal, so an idle daemon, which
+    // answers before it removes, is held against that; back to back, where the next job may have to wait for the last
+    // one's removal, whole cycle stands against whole cycle.
+    let against = [
+        ("`docker run --rm`", Contender::Run, 0.45),
+        ("`docker run --rm --network none`", Contender::RunNoNetwork, 0.65),
+        ("the floor", Contender::Bare, 1.05),
+    ];
+    for (other, contender, limit) in against {
+        let back_to_back = latency_ratio(m, Contender::Daemon, contender, 1);
+        let idle = if contender == Contender::Bare {
+            ratio(m, Contender::DaemonIdle, contender, 1, |b| b.to_result.median())
+        } else {
+            latency_ratio(m, Contender::DaemonIdle, contender, 1)
+        };
+        for (how, ratio) in [("worker idle before each job", idle), ("back to back", back_to_back)]
+        {
+            row(
+                &format!("p50 against {other}, 1 in parallel, {how}"),
+                format!("≤ {limit}"),
+                show(ratio.as_ref()),
+                ratio.map(|r| r.median <= limit),
+            );
+        }
+    }
+    let ratio = throughput_ratio(m, Contender::Daemon, Contender::RunNoNetwork, 8);
+    row(
+        "jobs/s against `docker run --rm --network none`, 8 in parallel",
+        "≥ 1.45".to_owned(),
+        show(ratio.as_ref()),
+        ratio.map(|r| r.median >= 1.45),
+    );
+    for d in &m.daemons {
+        row(
+            &format!("the daemon's own CPU per job, MAX_CONTAINERS={}", d.slots),
+            "< 2 ms".to_owned(),
+            format!("{:.2} ms over {} jobs", d.cpu_ms_per_job, d.cpu_jobs),
+            Some(d.cpu_ms_per_job < 2.0),
+        );
+    }
+    let memory: Vec<_> = m.daemons.iter().flat_map(|d| &d.memory).collect();
+    if let Some((jobs, usage)) = memory.first() {
+        row(
+            &format!("resident after {jobs} jobs"),
+            "< 30 MiB".to_owned(),
+            mib(usage.resident_kib),
+            Some(usage.resident_kib < 30 * 1024),
+        );
+    }
+    if let (Some((early, first)), Some((late, last))) =
+        (memory.first(), memory.get(1..).and_then(<[_]>::last))
+    {
+        row(
+            &format!("resident after {late} jobs"),
+            format!("no more than after {early} (+0.5 MiB)"),
+            mib(last.resident_kib),
+            Some(last.resident_kib <= first.resident_kib + MEMORY_NOISE_KIB),
+        );
+    }
+    if let Some(b) = &m.burst {
+        row(
+            &format!("burst of {}, MAX_CONTAINERS={}", b.jobs, b.slots),
+            "none lost".to_owned(),
+            format!(
+                "{} lost, {} wrong; {:.0} s, {:.1} jobs/s, resident {} (peak {})",
+                b.lost,
+                b.wrong,
+                b.took.as_secs_f64(),
+                (b.jobs - b.lost) as f64 / b.took.as_secs_f64(),
+                mib(b.usage.resident_kib),
+                mib(b.usage.peak_kib),
+            ),
+            Some(b.lost == 0 && b.wrong == 0),
+        );
+    }
+    let _ = writeln!(
+        out,
+        "\nA ratio is the median over the rounds of the ratio within one round; in brackets, the lowest and the \
+         highest.\n"
+    );
+}
+
+fn table(out: &mut String, m: &Measured) {
+    let _ = writeln!(
+        out,
+        "| contender | in parallel | jobs | p50 ms | p90 ms | p99 ms | jobs/s |\n|---|---:|---:|---:|---:|---:|---:|"
+    );
+    for parallel in crate::PARALLEL {
+        for contender in Contender::all() {
+            let Some(blocks) = m.blocks.get(&(contender, parallel)) else {
+                continue;
+            };
+            let latency = pooled(blocks, |b| &b.latency);
+            // Pausing between jobs is what the idle daemon is about: its rate says nothing.
+            let rate = if contender == Contender::DaemonIdle {
+                "–".to_owned()
+            } else {
+                let rates = blocks.iter().map(rate).collect();
+                format!("{:.1}", Samples::from_values(rates).median())
+            };
+            line(out, name(contender), parallel, &latency, &rate);
+            let to_result = pooled(blocks, |b| &b.to_result);
+            if to_result.len() > 0 && contender != Contender::DaemonIdle {
+                line(
+                    out,
+                    &format!("{}, to the result", name(contender)),
+                    parallel,
+                    &to_result,
+                    "–",
+                );
+            }
+        }
+    }
+    let _ = writeln!(out);
+}
+
+fn line(out: &mut String, name: &str, parallel: usize, latency: &Samples, rate: &str) {
+    let _ = writeln!(
+        out,
+        "| {name} | {parallel} | {} | {:.1} | {:.1} | {:.1} | {rate} |",
+        latency.len(),
+        latency.percentile(50.0),
+        latency.percentile(90.0),
+        latency.percentile(99.0),
+    );
+}
+
+fn ratios(out: &mut String, m: &Measured) {
+    let _ =
+        writeln!(out, "| the daemon against | in parallel | p50 | jobs/s |\n|---|---:|---:|---:|");
+    for parallel in crate::PARALLEL {
+        for other in
+            [Contender::Run, Contender::RunNoNetwork, Contender::Bare, Contender::BareConfined]
+        {
+            let (Some(latency), Some(rate)) = (
+                latency_ratio(m, Contender::Daemon, other, parallel),
+                throughput_ratio(m, Contender::Daemon, other, parallel),
+            ) else {
+                continue;
+            };
+            let _ = writeln!(
+                out,
+                "| {} | {parallel} | {} | {} |",
+                name(other),
+                show(Some(&latency)),
+                show(Some(&rate))
+            );
+        }
+    }
+    let idle =
+        ratio(m, Contender::DaemonIdle, Contender::BareConfined, 1, |b| b.to_result.median());
+    if idle.is_some() {
+        let _ = writeln!(
+            out,
+            "| bare API sequence, confined, to the result (worker idle) | 1 | {} | – |",
+            show(idle.as_ref())
+        );
+    }
+    let confinement = ratio(m, Contender::BareConfined, Contender::Bare, 1, |b| b.latency.median());
+    let _ = writeln!(
+        out,
+        "\nWhat confinement costs the bare sequence, p50: {}.\n",
+        show(confinement.as_ref())
+    );
+}
+
+fn daemon(out: &mut String, m: &Measured) {
+    for d in &m.daemons {
+        for (jobs, usage) in &d.memory {
+            let _ = writeln!(
+                out,
+                "Daemon with MAX_CONTAINERS={} after {jobs} jobs: resident {}, peak {}, {} threads.",
+                d.slots,
+                mib(usage.resident_kib),
+                mib(usage.peak_kib),
+                usage.threads
+            );
+        }
+    }
+}
+
+fn name(contender: Contender) -> &'static str {
+    match contender {
+        Contender::Daemon => "worker-spawner, publish to result",
+        Contender::DaemonIdle => "worker-spawner, idle before each job",
+        Contender::Run => "`docker run --rm`",
+        Contender::RunNoNetwork => "`docker run --rm --network none`",
+        Contender::Bare => "bare API sequence (the floor)",
+        Contender::BareConfined => "bare API sequence, confined",
+    }
+}
+
+fn pooled(blocks: &[Block], of: impl Fn(&Block) -> &Samples) -> Samples {
+    let mut all = Samples::default();
+    for block in blocks {
+        all.absorb(of(block));
+    }
+    all
+}
+
+fn rate(block: &Block) -> f64 {
+    block.latency.len() as f64 / block.wall.as_secs_f64()
+}
+
+fn latency_ratio(m: &Measured, a: Contender, b: Contender, parallel: usize) -> Option<Ratio> {
+    ratio(m, a, b, parallel, |block| block.latency.median())
+}
+
+fn throughput_ratio(m: &Measured, a: Contender, b: Contender, parallel: usize) -> Option<Ratio> {
+    ratio(m, a, b, parallel, rate)
+}
+
+fn ratio(
+    m: &Measured,
+    a: Contender,
+    b: Contender,
+    parallel: usize,
+    of: impl Fn(&Block) -> f64,
+) -> Option<Ratio> {
+    let (a, b) = (m.blocks.get(&(a, parallel))?, m.blocks.get(&(b, parallel))?);
+    let all = Samples::from_values(a.iter().zip(b).map(|(a, b)| of(a) / of(b)).collect());
+    Some(Ratio { median: all.median(), low: all.min(), high: all.max() })
+}
+
+fn show(ratio: Option<&Ratio>) -> String {
+    ratio
+        .map_or_else(|| "–".to_owned(), |r| format!("{:.2} ({:.2}–{:.2})", r.median, r.low, r.high))
+}
+
+fn mib(kib: u64) -> String {
+    format!("{:.1} MiB", kib as f64 / 1024.0)
+}

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Everything that can be said about the code without running it.
+
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+source "$(dirname "$0")/lib.sh"
+cd "$ROOT"
+
+shell_scripts() {
+    git ls-files --cached --others --exclude-standard -- '*.sh' .ci/run
+}
+
+# Settings of the daemon's own that docker-compose.yml does not hand on: its file names neither the servers' keys nor
+# another engine.
+settings_compose_lacks() {
+    comm -23 <(sed -En 's/^(# )?([A-Z_]+)=.*/\2/p' .env.example | grep -Ev '^(NATS|DOCKER)_' | sort) \
+        <(sed -En 's/^      - ([A-Z_]+)$/\1/p' docker-compose.yml | sort)
+}
+
+need_cargo
+need shellcheck
+
+say "formatting"
+cargo fmt --all --check
+say "lints"
+cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
+say "documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --all-features --locked
+say "scripts"
+shell_scripts | xargs -d '\n' shellcheck -x
+say "settings in docker-compose.yml"
+LACKING="$(settings_compose_lacks)"
+[[ -z $LACKING ]] || die "docker-compose.yml does not hand on:"$'\n'"$LACKING"
+scripts/deny.sh

@@ -1,0 +1,174 @@
+#!/usr/bin/env bash
+# Runs the client examples, each with a real client library, against a daemon, a NATS server and an engine.
+# The libraries are fetched once and kept under target/clients/. WORKER_SPAWNER_BIN names another daemon to test.
+
+set -euo pipefail
+# shellcheck source=scripts/services.sh
+source "$(dirname "$0")/services.sh"
+cd "$ROOT"
+
+IMAGE=worker-spawner-test/clients:latest
+BUILT="${CARGO_TARGET_DIR:-$ROOT/target}/debug"
+CACHE="${CARGO_TARGET_DIR:-$ROOT/target}/clients"
+PASSED=0 FAILED=0 SKIPPED=0
+
+# --- The clients: each has a way to be made ready, and a command ------------------------------------------------
+
+ready_python() {
+    local venv="$CACHE/python" wanted=examples/clients/python/requirements.txt
+    have 'python3 -c "import ensurepip, venv"' python3 python3-venv || return 1
+    # A virtual environment breaks with the interpreter it was made by.
+    if ! cmp -s "$wanted" "$venv/requirements.txt" || ! "$venv/bin/python" -c 'import nats' &>/dev/null; then
+        say "installing nats-py"
+        rm -rf "$venv"
+        python3 -m venv "$venv"
+        "$venv/bin/pip" install --quiet --disable-pip-version-check --require-hashes -r "$wanted"
+        cp "$wanted" "$venv/requirements.txt"
+    fi
+    CLIENT=("$venv/bin/python" examples/clients/python/client.py)
+}
+
+ready_node() {
+    local dir="$CACHE/node" source=examples/clients/node
+    have 'command -v node' nodejs || return 1
+    have 'command -v npm' npm || return 1
+    if (($(node -p 'parseInt(process.versions.node)') < 18)); then
+        warn "node is $(node --version); the library needs 18 or newer"
+        return 1
+    fi
+    mkdir -p "$dir"
+    if ! cmp -s "$source/package-lock.json" "$dir/installed.json"; then
+        say "installing @nats-io/transport-node"
+        cp "$source/package.json" "$source/package-lock.json" "$dir/"
+        npm ci --prefix "$dir" --no-audit --no-fund --loglevel=error >/dev/null
+        cp "$source/package-lock.json" "$dir/installed.json"
+    fi
+    # Node looks for libraries beside the program.
+    cp "$source/client.mjs" "$dir/"
+    CLIENT=(node "$dir/client.mjs")
+}
+
+ready_rust() {
+    cargo build --quiet --locked --example client
+    CLIENT=("$BUILT/examples/client")
+}
+
+# have CHECK PACKAGE…: CHECK succeeds, if need be after the packages are installed.
+have() {
+    local check=$1
+    shift
+    if bash -c "$check" &>/dev/null; then return; fi
+    # In a subshell, where `die` ends no more than this: one client less is no reason to leave the others untested.
+    (install_packages "$@") && bash -c "$check" &>/dev/null
+}
+
+# --- What each client is expected to do -------------------------------------------------------------------------
+
+# expect STATUS STDOUT STDERR ARGUMENT…: the client, given the arguments, ends with this exit status, prints exactly
+# this, and says this among other things on standard error.
+expect() {
+    local status=$1 stdout=$2 stderr=$3 actual=0
+    shift 3
+    timeout 60 "${CLIENT[@]}" "$IMAGE" "$@" >"$WORK/stdout" 2>"$WORK/stderr" </dev/null || actual=$?
+    # `%b` puts bytes for escapes, so that output need not be text.
+    if [[ $actual == "$status" ]] && cmp -s "$WORK/stdout" <(printf '%b' "$stdout") &&
+        [[ $(<"$WORK/stderr") == *"$stderr"* ]]; then
+        return
+    fi
+    warn "$*: wanted exit status $status, standard output ${stdout@Q}, standard error with ${stderr@Q}"
+    warn "got exit status $actual, and"
+    cat -A "$WORK/stdout" >&2
+    cat "$WORK/stderr" >&2
+    return 1
+}
+
+greets() { expect 0 'run: succeeded 0\nHello, World!\nexecute: succeeded 0\nHello, World!\n' '' echo 'Hello, World!'; }
+
+takes_bytes() { expect 3 'run: failed 3\n\0377\0\nexecute: failed 3\n\0377\0\n' '' sh -c 'printf "\377\0\n"; exit 3'; }
+
+tells_errors() {
+    local message='the command "nosuch" is not in the image: No such file or directory'
+    expect 1 "run: rejected -\nexecute: rejected -\n$message" "command.not_found $message" nosuch
+}
+
+# Three at once for one slot: somebody is told to come back, and everybody is served.
+waits_for_its_turn() {
+    local before others=() other
+    before="$(times_busy)"
+    for _ in 1 2; do
+        timeout 60 "${CLIENT[@]}" "$IMAGE" sleep 0.7 >/dev/null 2>&1 </dev/null &
+        others+=($!)
+    done
+    expect 0 'run: succeeded 0\nexecute: succeeded 0\n' '' sleep 0.7 || return 1
+    for other in "${others[@]}"; do
+        wait "$other" || return 1
+    done
+    (($(times_busy) > before)) || {
+        warn "nobody was told that the daemon is busy"
+        return 1
+    }
+}
+times_busy() { grep -c 'error=busy: ' "$WORK/daemon.log" || true; }
+
+misses_the_daemon() { expect 1 '' 'is worker-spawner running?' true; }
+
+# try NAME CHECK…: one client through all checks.
+try() {
+    local name=$1 check
+    shift
+    if ! "ready_$name"; then
+        warn "THE CLIENT EXAMPLE FOR ${name^^} WAS NOT TESTED: what it needs cannot be had here (see above)"
+        SKIPPED=$((SKIPPED + 1))
+        return
+    fi
+    export NATS_URL=$EMPTY_NATS_ADDRESS
+    for check in misses_the_daemon "$@"; do
+        if ! "$check"; then
+            warn "$name: $check failed"
+            FAILED=$((FAILED + 1))
+            return
+        fi
+        NATS_URL=$NATS_ADDRESS
+    done
+    say "$name: passed"
+    PASSED=$((PASSED + 1))
+}
+
+# --- The servers ------------------------------------------------------------------------------------------------
+
+need_cargo
+need busybox ps
+engine_acquire
+at_exit engine_release
+WORK="$(mktemp -d)"
+at_exit "rm -rf '$WORK'"
+at_exit "docker rmi -f '$IMAGE' >/dev/null 2>&1"
+import_busybox "$IMAGE"
+
+# One that nobody listens on, and the daemon's.
+nats_start "$WORK/empty"
+at_exit "stop_process $NATS_PID 10"
+EMPTY_NATS_ADDRESS=$NATS_ADDRESS
+nats_start "$WORK/nats"
+at_exit "stop_process $NATS_PID 10"
+
+if [[ -z ${WORKER_SPAWNER_BIN-} ]]; then
+    cargo build --quiet --locked
+    WORKER_SPAWNER_BIN="$BUILT/worker-spawner"
+fi
+# One slot, and little patience, so that clients have to come back.
+env -u REPLY_PREFIXES NATS_URL="$NATS_ADDRESS" MAX_CONTAINERS=1 RUN_SLOT_TIMEOUT=50ms PULL_POLICY=never \
+    IMAGE_ALLOWLIST='worker-spawner-test/*' "$WORKER_SPAWNER_BIN" >"$WORK/daemon.log" 2>&1 </dev/null &
+DAEMON=$!
+at_exit "stop_process $DAEMON 60"
+wait_until 30 grep -q ' ready ' "$WORK/daemon.log" || die "the daemon is not ready: $(<"$WORK/daemon.log")"
+
+for client in python node rust; do
+    try "$client" greets takes_bytes tells_errors waits_for_its_turn
+done
+
+((FAILED == 0)) || cat "$WORK/daemon.log" >&2
+printf 'clients: %d passed, %d failed' "$PASSED" "$FAILED"
+((SKIPPED == 0)) || printf ', %d skipped' "$SKIPPED"
+printf '\n'
+((FAILED == 0))

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Every test, against a real engine, real NATS servers and a real registry; the tests start the latter two themselves.
+# `--long` adds the forms that take long. Further arguments go to the tests: scripts/test.sh admission
+
+set -euo pipefail
+# shellcheck source=scripts/services.sh
+source "$(dirname "$0")/services.sh"
+cd "$ROOT"
+
+LIMIT=40m
+if [[ ${1-} == --long ]]; then
+    shift
+    export WORKER_SPAWNER_TEST_LONG=1
+    LIMIT=6h
+fi
+
+# A test that hangs ends the run, and the clean-up below is done. Cargo is left out, so that it can say what happened.
+limit_each_program() {
+    local host
+    host="$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')"
+    export "CARGO_TARGET_${host}_RUNNER=timeout --foreground --kill-after=30 $LIMIT"
+}
+
+# Temporary files go to a directory of their own, which must be empty at the end.
+private_temporary_files() {
+    TMPDIR="$(mktemp -d /tmp/worker-spawner-test.XXXXXX)"
+    export TMPDIR
+    at_exit "rm -rf --one-file-system '$TMPDIR'"
+}
+
+# What is listed depends on whose engine it is: in one started here, everything is ours.
+list_leftovers() {
+    if engine_is_ours; then scripts/leftovers.sh; else scripts/leftovers.sh ours; fi | grep -v -e '^firewall' -e '^temporary' || true
+    find "$TMPDIR" -mindepth 1 -printf 'temporary %p\n'
+}
+
+# The tests make each image once and share it, so none of them can tell when it is no longer needed.
+remove_test_images() {
+    docker image ls -q --filter 'reference=worker-spawner-test/*' | sort -u | xargs -r docker rmi -f >/dev/null
+}
+
+# Control groups are all that outlives the private engines of tests that were killed.
+remove_test_cgroups() {
+    find /sys/fs/cgroup -depth -type d -path '*/worker-spawner-test-*' -exec rmdir {} + 2>/dev/null || true
+}
+
+nothing_new() {
+    list_leftovers >"$BEFORE.now"
+    NEW="$(comm -13 "$BEFORE" "$BEFORE.now")"
+    [[ -z $NEW ]]
+}
+
+need_cargo
+need nats-server docker-registry htpasswd busybox unshare nsenter ip iptables ps
+private_temporary_files
+engine_acquire
+at_exit engine_release
+at_exit remove_test_images
+at_exit remove_test_cgroups
+
+BEFORE="$(mktemp -p /tmp)"
+at_exit "rm -f '$BEFORE' '$BEFORE.now'"
+remove_test_images # of a run that was killed
+list_leftovers >"$BEFORE"
+
+limit_each_program
+say "tests"
+cargo test --workspace --all-features --locked -- "$@"
+if [[ -x scripts/test-clients.sh ]]; then
+    say "client examples"
+    scripts/test-clients.sh
+fi
+
+remove_test_images
+# Removal follows the result, so the last container may be going while the tests end.
+if wait_until 20 nothing_new; then
+    say "all tests passed, nothing left behind"
+elif engine_is_ours; then
+    die "the tests left behind:"$'\n'"$NEW"
+else
+    # Another daemon may be at work on the same engine; whose this is, only its owner knows.
+    warn "all tests passed; new since they began:"$'\n'"$NEW"
+fi
