@@ -328,7 +328,7 @@ async fn the_outcome_tells_everything_about_the_job() {
     assert!(timings["total"].as_f64() >= timings["run"].as_f64(), "{outcome}");
     assert_eq!(ended.header("Job-Attempt").as_deref(), Some("1"));
     assert!(ended.header("Job-Duration-Ms").unwrap().parse::<u64>().is_ok());
-    assert_eq!(ended.header("Job-Output-Truncated"), None);
+    assert_eq!(ended.header("Job-Output-Truncated").as_deref(), Some("false"));
     world.clean().await;
 }
 
