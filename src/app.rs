@@ -28,10 +28,12 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Delays between looks at an engine that is away.
 const ENGINE_RETRY: Backoff =
     Backoff { first: Duration::from_millis(250), most: Duration::from_secs(5) };
-/// Beyond the stopped functions' own grace: time to publish, to remove and to flush.
-const LAST_RITES: Duration = Duration::from_secs(15);
+/// Beyond the stopped functions' own grace and what they print: time to remove and to flush.
+const LAST_RITES: Duration = Duration::from_secs(10);
 /// How long a forced end may take to kill and remove what still runs.
 const FORCED_RITES: Duration = Duration::from_secs(5);
+/// Answers under way at once to requests that found the buffer full.
+const REFUSALS: usize = 64;
 /// What a `run` request that waits for a slot counts for beside its own bytes.
 const RUN_OVERHEAD: usize = 2048;
 
@@ -141,6 +143,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
             tracing::warn!("told again: killing what still runs");
             shutdown.stopping.cancel();
             shutdown.forced.cancel();
+            silence_after(&shutdown, FORCED_RITES / 2);
             // Nobody waits for anybody any more; one more signal ends even this.
             tokio::select! {
                 _ = tokio::time::timeout(FORCED_RITES, &mut drained) => {}
@@ -153,7 +156,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     background.close();
     background.wait().await;
     let engine_is_up = *engine_up.borrow() == Health::Up;
-    let last = async {
+    let tidy = async {
         if engine_is_up {
             // A start that was cut short may have left a container after its clean-up.
             if let Err(error) = backend.reap().await {
@@ -161,10 +164,14 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
             }
             backend.retire().await;
         }
-        connection.settle(config.publish_timeout).await;
     };
-    if tokio::time::timeout(LAST_RITES, last).await.is_err() {
-        tracing::warn!("the end took too long");
+    let last = async { tokio::join!(connection.settle(config.publish_timeout), tidy) };
+    let patience = if shutdown.forced.is_cancelled() { FORCED_RITES / 2 } else { LAST_RITES };
+    tokio::select! {
+        last = tokio::time::timeout(patience, last) => if last.is_err() {
+            tracing::warn!("the end took too long");
+        },
+        _ = signals.next() => tracing::warn!("told again: leaving the rest to the next start"),
     }
     tracing::info!(exit_code, "stopped");
     Ok(exit_code)
@@ -271,19 +278,23 @@ impl Daemon {
 
     /// Answers what found the buffer full.
     async fn answer_refused(self, mut refused: mpsc::Receiver<Message>) {
-        while let Some(message) = refused.recv().await {
-            let error = JobError::new(
-                code::BUFFER_FULL,
-                "this worker has as many requests waiting as it can hold; try again later",
-            );
-            self.runner.refuse(message, error).await;
-        }
+        let refused = futures::stream::poll_fn(move |context| refused.poll_recv(context));
+        refused
+            .for_each_concurrent(REFUSALS, |message| async {
+                let error = JobError::new(
+                    code::BUFFER_FULL,
+                    "this worker has as many requests waiting as it can hold; try again later",
+                );
+                self.runner.refuse(message, error).await;
+            })
+            .await;
     }
 
     /// Runs what `run` asks for, or says at once that it cannot.
     async fn run(self, mut requests: async_nats::Subscriber, engine: watch::Receiver<Health>) {
         // In KiB: what waits here is bounded as the buffer of the other requests is.
-        let waiting = Arc::new(Semaphore::new((self.buffer_bytes >> 10).min(1 << 30)));
+        let places = u32::try_from(self.buffer_bytes >> 10).unwrap_or(u32::MAX).min(1 << 29);
+        let waiting = Arc::new(Semaphore::new(places as usize));
         while let Some(Some(message)) = self.unless_draining(requests.next()).await {
             let message = received(message, Kind::Run);
             if *engine.borrow() == Health::Down {
@@ -296,6 +307,7 @@ impl Daemon {
             }
             let busy = || runner::busy(message.kind, self.run_slot_timeout);
             let weight = u32::try_from((message.size + RUN_OVERHEAD) >> 10).unwrap_or(u32::MAX);
+            let weight = weight.min(places);
             let Ok(place) = waiting.clone().try_acquire_many_owned(weight) else {
                 let error = busy();
                 self.refuse(message, error);
@@ -359,7 +371,10 @@ impl Daemon {
         }
         tracing::warn!(jobs = self.jobs.len(), "SHUTDOWN_GRACE is over: stopping what still runs");
         self.shutdown.stopping.cancel();
-        let patience = config.stop_grace + LAST_RITES;
+        // First the functions' own end, then a moment to say so.
+        let patience = config.stop_grace + runner::LAST_PATIENCE + config.publish_timeout;
+        silence_after(&self.shutdown, patience);
+        let patience = patience + LAST_RITES;
         let all_ended = tokio::time::timeout(patience, &mut all_ended).await.is_ok();
         if !all_ended {
             tracing::error!(
@@ -369,6 +384,15 @@ impl Daemon {
         }
         all_ended
     }
+}
+
+/// Ends all publishing after a while.
+fn silence_after(shutdown: &Shutdown, patience: Duration) {
+    let silent = shutdown.silent.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(patience).await;
+        silent.cancel();
+    });
 }
 
 fn shutting_down() -> JobError {

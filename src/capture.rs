@@ -33,8 +33,8 @@ pub struct Captured {
     /// Bytes of standard error that were dropped.
     pub stderr_dropped: u64,
     /// The order in which the kept bytes arrived: the lengths of runs of one stream, in turn, the
-    /// first of standard output. Four bytes a run, so that a function that changes streams at every
-    /// byte costs five times its output and no more.
+    /// first of standard output. Four bytes a run: a function that changes streams at every byte
+    /// costs some ten times its output.
     runs: Vec<u32>,
 }
 

@@ -1,10 +1,10 @@
 //! The connection to NATS: made for ever, reported once per change.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use async_nats::client::RequestErrorKind;
 use async_nats::connection::State;
 use async_nats::{Client, ConnectOptions, Event, Request, ServerAddr, Subscriber};
 use futures::{FutureExt, StreamExt};
@@ -35,8 +35,8 @@ pub struct Connection {
     pub client: Client,
     connected: watch::Receiver<bool>,
     lost: Arc<AtomicU64>,
-    /// Set when the server turns out not to confirm what is published.
-    unconfirmable: Arc<AtomicBool>,
+    /// Set when the server does not let this client use inboxes: then nothing is confirmed.
+    inbox_denied: Arc<AtomicBool>,
 }
 
 /// Why there can be no connection, whatever the server does.
@@ -67,7 +67,9 @@ impl Connection {
         let lost = Arc::new(AtomicU64::new(0));
         let servers: Vec<ServerAddr> =
             settings.servers.iter().filter_map(|url| url.parse().ok()).collect();
-        let log = Arc::new(StateLog::new(state, lost.clone(), &servers));
+        let inbox_denied = Arc::new(AtomicBool::new(false));
+        let log = StateLog::new(state, lost.clone(), inbox_denied.clone(), &servers);
+        let log = Arc::new(log);
         let mut options = ConnectOptions::new()
             .name(name)
             .retry_on_initial_connect()
@@ -101,7 +103,7 @@ impl Connection {
             options = options.add_client_certificate(cert.clone(), key.clone()).require_tls(true);
         }
         let client = options.connect(servers).await?;
-        Ok(Self { client, connected, lost, unconfirmable: Arc::default() })
+        Ok(Self { client, connected, lost, inbox_denied })
     }
 
     /// Waits until there is a server. Returns whether there was one all along.
@@ -110,8 +112,7 @@ impl Connection {
         let all_along = self.client.connection_state() == State::Connected;
         while self.client.connection_state() != State::Connected {
             // The client may skip events when there are many; a look now and then makes up for it.
-            let _ = tokio::time::timeout(STATE_CHECK, connected.wait_for(|up| *up)).await;
-            tokio::task::yield_now().await;
+            let _ = tokio::time::timeout(STATE_CHECK, connected.changed()).await;
         }
         all_along
     }
@@ -125,36 +126,29 @@ impl Connection {
     /// Whether the server has taken everything that was published since [`Connection::epoch`] was
     /// `epoch`; otherwise the connection broke, and nobody knows.
     ///
-    /// Publishing alone ends in a buffer, and flushing at the socket. A request that nobody answers
-    /// comes back from the server itself, behind all that went before it.
+    /// Publishing alone ends in a buffer, and flushing at the socket. A message to an inbox of our
+    /// own comes back from the server behind all that went before it.
     pub async fn confirmed(&self, epoch: u64) -> bool {
-        if self.unconfirmable.load(Ordering::Relaxed) {
-            return true;
-        }
-        let request = Request::new().timeout(Some(CONFIRM_PATIENCE));
-        let answer = self.client.send_request(self.client.new_inbox(), request);
-        let broken = async {
+        let inbox = self.client.new_inbox();
+        let request = Request::new().inbox(inbox.clone()).timeout(Some(CONFIRM_PATIENCE));
+        let echo = self.client.send_request(inbox, request);
+        let verdict = async {
             let mut connected = self.connected.clone();
-            while self.epoch() == epoch {
-                let _ = tokio::time::timeout(STATE_CHECK, connected.wait_for(|up| !*up)).await;
-                tokio::task::yield_now().await;
-                if self.client.connection_state() != State::Connected {
-                    return;
+            loop {
+                if self.epoch() != epoch || self.client.connection_state() != State::Connected {
+                    return false;
                 }
+                if self.inbox_denied.load(Ordering::Relaxed) {
+                    return true;
+                }
+                let _ = tokio::time::timeout(STATE_CHECK, connected.changed()).await;
             }
         };
         tokio::select! {
-            answer = answer => match answer.map_err(|e| e.kind()) {
-                Ok(_) | Err(RequestErrorKind::NoResponders) => self.epoch() == epoch,
-                Err(_) if self.epoch() != epoch => false,
-                Err(kind) => {
-                    // The server is there and does not say: it may not let us publish to an inbox.
-                    self.unconfirmable.store(true, Ordering::Relaxed);
-                    tracing::warn!(%kind, "NATS does not confirm what is published: outcomes may be lost when the connection breaks");
-                    true
-                }
-            },
-            () = broken => false,
+            // Without an echo in all that time the connection lives all the same, says its own
+            // heartbeat, and more cannot be known.
+            _echo = echo => self.epoch() == epoch,
+            verdict = verdict => verdict,
         }
     }
 
@@ -194,7 +188,11 @@ impl Connection {
         if !*self.connected.borrow() {
             return;
         }
-        let round_trip = self.confirmed(self.epoch());
+        let round_trip = async {
+            // What fails here fails below as well.
+            let _ = self.client.flush().await;
+            self.confirmed(self.epoch()).await
+        };
         if tokio::time::timeout(patience, round_trip).await.is_err() {
             tracing::warn!("NATS did not confirm the last messages");
         }
@@ -206,21 +204,32 @@ struct StateLog {
     /// Hosts and ports alone: the URLs may hold passwords.
     servers: String,
     state: watch::Sender<bool>,
-    last_error: Mutex<String>,
+    /// What was said since the last change.
+    said: Mutex<HashSet<String>>,
     lost: Arc<AtomicU64>,
+    inbox_denied: Arc<AtomicBool>,
 }
 
+/// How many different errors are remembered as said.
+const MAX_SAID: usize = 64;
+
 impl StateLog {
-    fn new(state: watch::Sender<bool>, lost: Arc<AtomicU64>, servers: &[ServerAddr]) -> Self {
+    fn new(
+        state: watch::Sender<bool>,
+        lost: Arc<AtomicU64>,
+        inbox_denied: Arc<AtomicBool>,
+        servers: &[ServerAddr],
+    ) -> Self {
         let hosts: Vec<String> =
             servers.iter().map(|s| format!("{}:{}", s.host(), s.port())).collect();
-        Self { servers: hosts.join(","), state, last_error: Mutex::default(), lost }
+        Self { servers: hosts.join(","), state, said: Mutex::default(), lost, inbox_denied }
     }
 
     fn observe(&self, event: &Event) {
         match event {
             Event::Connected => {
-                self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clear();
+                self.said.lock().unwrap_or_else(PoisonError::into_inner).clear();
+                self.inbox_denied.store(false, Ordering::Relaxed);
                 self.state.send_replace(true);
                 tracing::info!(servers = self.servers, "connected to NATS");
             }
@@ -248,18 +257,22 @@ impl StateLog {
     }
 
     fn error(&self, error: &str) {
-        if self.is_news(error) {
+        // The inbox in it is another one each time.
+        if error.to_lowercase().contains("permissions violation") && error.contains("_INBOX") {
+            if !self.inbox_denied.swap(true, Ordering::Relaxed) {
+                tracing::warn!(
+                    error,
+                    "this NATS user may not use inboxes: outcomes are published without a confirmation, and some replies may be refused"
+                );
+            }
+        } else if self.is_news(error) {
             tracing::error!(error, "NATS");
         }
     }
 
-    /// The same error again is no news.
+    /// What was said before is no news.
     fn is_news(&self, error: &str) -> bool {
-        let mut last = self.last_error.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_news = *last != error;
-        if is_news {
-            error.clone_into(&mut last);
-        }
-        is_news
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        said.len() < MAX_SAID && said.insert(error.to_owned())
     }
 }

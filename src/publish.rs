@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use async_nats::HeaderMap;
+use tokio_util::sync::CancellationToken;
 
 use crate::job::Outcome;
 use crate::nats::Connection;
@@ -40,15 +41,23 @@ impl Publisher {
     /// as long as it takes; the caller bounds the wait.
     ///
     /// What cannot be sent at all is logged with the job's id: there is nobody else to tell.
-    pub async fn publish(&self, outcome: &Outcome, route: &Route) {
-        let mut first = true;
+    ///
+    /// Once `hurry` is cancelled, subscribers are no longer waited for.
+    pub async fn publish(&self, outcome: &Outcome, route: &Route, hurry: &CancellationToken) {
+        let mut unbroken = true;
         loop {
-            let all_along = self.connection.connected().await;
-            if !(all_along && first) {
+            unbroken &= self.connection.connected().await;
+            if !unbroken {
                 // Those who wait for it were cut off as well, and plain NATS keeps nothing.
-                tokio::time::sleep(SUBSCRIBERS_RETURN).await;
+                tokio::select! {
+                    () = tokio::time::sleep(SUBSCRIBERS_RETURN) => {}
+                    () = hurry.cancelled() => {}
+                }
+                if !self.connection.connected().await {
+                    continue;
+                }
             }
-            first = false;
+            unbroken = false;
             let epoch = self.connection.epoch();
             self.send(outcome, route).await;
             if self.connection.confirmed(epoch).await {

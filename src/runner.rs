@@ -26,6 +26,10 @@ const CLEANUPS: Backoff =
 /// Tries after which a container that has stopped is left to the reaper.
 const CLEANUP_TRIES: u32 = 4;
 
+/// How long a killed function may take to be gone at the daemon's end. Shorter than the end's own
+/// patience, so that an engine that hangs does not cost the outcome.
+pub const LAST_PATIENCE: Duration = Duration::from_secs(3);
+
 /// What a runner needs to know.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -110,8 +114,10 @@ impl Runner {
             Ok(decoded) => decoded,
             Err(refused) => {
                 let (outcome, context) = *refused;
+                // Nothing runs: the answer needs no slot.
+                drop(slot);
                 self.report(&outcome);
-                self.publish_patiently(&outcome, &context.route).await;
+                self.publish(&outcome, &context.route).await;
                 settle.done().await;
                 return;
             }
@@ -140,19 +146,24 @@ impl Runner {
         self.report(&outcome);
         // The outcome first: whoever waits for it does not wait for the removal. But a server that
         // is not there must not keep a container.
-        let publish = self.publish_patiently(&outcome, &context.route);
+        let publish = self.publish(&outcome, &context.route);
         tokio::pin!(publish);
-        let in_time = tokio::time::timeout(self.options.publish_timeout, &mut publish).await;
+        let published = tokio::select! {
+            biased;
+            () = &mut publish => true,
+            () = tokio::time::sleep(self.options.publish_timeout) => false,
+            () = self.shutdown.stopping.cancelled() => false,
+        };
         let clean_up = async {
             if !cleaned {
                 self.clean_up(run.as_mut(), &outcome.id).await;
             }
         };
-        if in_time.is_ok() {
+        if published {
             settle_done(settle).await;
             clean_up.await;
         } else {
-            tokio::join!(clean_up, publish);
+            tokio::join!(publish, clean_up);
             settle_done(settle).await;
         }
         drop(slot);
@@ -196,7 +207,7 @@ impl Runner {
             Err(refused) => {
                 let (outcome, context) = *refused;
                 self.report(&outcome);
-                self.publish_patiently(&outcome, &context.route).await;
+                self.publish(&outcome, &context.route).await;
                 return;
             }
         };
@@ -211,24 +222,17 @@ impl Runner {
         };
         let outcome = self.outcome(job.id, Some(job.image), &job.limits, &context, attempt);
         self.report(&outcome);
-        self.publish_patiently(&outcome, &route).await;
+        self.publish(&outcome, &route).await;
     }
 
     /// Publishes for as long as it takes while the daemon lives, and a moment longer at its end.
-    async fn publish_patiently(&self, outcome: &Outcome, route: &Route) {
-        let last_moment = async {
-            self.shutdown.stopping.cancelled().await;
-            tokio::select! {
-                () = tokio::time::sleep(self.options.publish_timeout) => {}
-                () = self.shutdown.forced.cancelled() => {}
-            }
-        };
+    async fn publish(&self, outcome: &Outcome, route: &Route) {
         tokio::select! {
             biased;
-            () = self.publisher.publish(outcome, route) => {}
-            () = last_moment => {
+            () = self.publisher.publish(outcome, route, &self.shutdown.stopping) => {}
+            () = self.shutdown.silent.cancelled() => {
                 let (job, status) = (&outcome.id, outcome.status);
-                tracing::error!(%job, %status, "NATS is away: the outcome was not delivered");
+                tracing::error!(%job, %status, "NATS did not confirm the outcome: it may be lost");
             }
         }
     }
@@ -308,6 +312,7 @@ impl Runner {
     /// get rid of output does not get to the signal either.
     async fn watch(&self, run: &mut dyn Run, capture: &mut Capture, deadline: Instant) -> Verdict {
         let mut ending: Option<(Why, Signal)> = None;
+        let mut hurried = false;
         let mut alarm = tokio::time::Instant::from_std(deadline);
         let mut signalling: OptionFuture<BoxFuture<'static, Result<(), Failure>>> = None.into();
         loop {
@@ -337,6 +342,11 @@ impl Runner {
                     // The engine does not say that it is gone. The clean-up goes on trying.
                     Some((why, Signal::Kill)) => return Verdict::Ended(why, None),
                 },
+                () = self.shutdown.stopping.cancelled(), if killed && !hurried => {
+                    hurried = true;
+                    alarm = alarm.min(tokio::time::Instant::now() + LAST_PATIENCE);
+                    continue;
+                }
                 () = self.shutdown.forced.cancelled(), if !killed => {
                     (why.unwrap_or(Why::Shutdown), Signal::Kill)
                 }
@@ -344,13 +354,24 @@ impl Runner {
                     (Why::Shutdown, Signal::Term)
                 }
             };
+            if run.has_exited() && ending.is_none() {
+                // It ended in time, and the engine is slow to say how. Its calls have deadlines.
+                if self.shutdown.stopping.is_cancelled() {
+                    return Verdict::Ended(why, None);
+                }
+                alarm = tokio::time::Instant::now() + self.options.kill_patience;
+                continue;
+            }
             ending = Some((why, signal));
             signalling = Some(run.signal(signal)).into();
-            alarm = tokio::time::Instant::now()
-                + match signal {
-                    Signal::Term => self.options.stop_grace,
-                    Signal::Kill => self.options.kill_patience,
-                };
+            let patience = match signal {
+                Signal::Term => self.options.stop_grace,
+                Signal::Kill if self.shutdown.stopping.is_cancelled() => {
+                    self.options.kill_patience.min(LAST_PATIENCE)
+                }
+                Signal::Kill => self.options.kill_patience,
+            };
+            alarm = tokio::time::Instant::now() + patience;
         }
     }
 

@@ -15,6 +15,8 @@ pub struct Shutdown {
     pub stopping: CancellationToken,
     /// Running functions are killed at once: the operator insists.
     pub forced: CancellationToken,
+    /// Nothing more is published: who could not be reached by now is given up on.
+    pub silent: CancellationToken,
 }
 
 /// SIGTERM and SIGINT, from the moment this is made.

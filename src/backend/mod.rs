@@ -55,6 +55,9 @@ pub trait Run: Send {
     /// The run was lost: its output or its exit cannot be known.
     async fn next(&mut self) -> Result<Event, Failure>;
 
+    /// Whether the function has ended, though not all that [`Run::next`] has to say of it is said.
+    fn has_exited(&self) -> bool;
+
     /// Asks the engine to signal the function. A function that is gone already is no error.
     ///
     /// The future owns what it needs, so that output can be taken while it is under way.

@@ -358,7 +358,7 @@ impl Config {
             max_containers: p.number("MAX_CONTAINERS", raw.max_containers, 1..=10_000),
             max_attempts: p.number("MAX_DELIVER", raw.max_deliver, 1..=1_000),
             buffer_messages: p.number("BUFFER_MESSAGES", raw.buffer_messages, 1..=10_000_000),
-            buffer_bytes: p.size("BUFFER_BYTES", raw.buffer_bytes, 1 << 10),
+            buffer_bytes: p.size("BUFFER_BYTES", raw.buffer_bytes, 64 << 10),
             run_slot_timeout: p.duration("RUN_SLOT_TIMEOUT", raw.run_slot_timeout),
             publish_timeout: p.nonzero_duration("PUBLISH_TIMEOUT", raw.publish_timeout),
             policy,

@@ -216,7 +216,7 @@ impl Problems {
                 };
                 let same = server.user == all.user && server.token == all.token;
                 if at > 0 && !same {
-                    return Err("every server must have the same user, or none".to_owned());
+                    return Err("the same user must stand in all of the URLs, or in none".to_owned());
                 }
                 all.servers.extend(server.servers);
                 (all.user, all.token) = (server.user, server.token);
@@ -390,7 +390,8 @@ impl Servers {
         let (user, token) = match (name, password) {
             (Some(user), Some(password)) => (Some((user, Secret::new(password))), None),
             (Some(token), None) => (None, Some(Secret::new(token))),
-            (None, _) => (None, None),
+            (None, None) => (None, None),
+            (None, Some(_)) => return None,
         };
         Some(Self { servers: vec![server], user, token })
     }

@@ -110,6 +110,7 @@ fn a_bad_value_says_what_was_expected() {
         ("DOCKER_HOST", "tcp://[bad", "an address such as"),
         ("DEFAULT_TIMEOUT", "0s", "longer than zero"),
         ("NATS_URL", "a:b@one,c:d@two", "the same user"),
+        ("NATS_URL", "nats://:pw@one", "number 1 is none"),
         ("NATS_TLS_CA", "/etc/hostname", "no certificate in PEM"),
         ("NATS_CREDS_FILE", "/etc/hostname", "no credentials"),
         ("NATS_NKEY_SEED_FILE", "/etc/hostname", "no nkey seed"),

@@ -19,6 +19,9 @@ pub const RESERVED_LABEL_PREFIX: &str = "worker-spawner.";
 /// The most of a caller's value that an error quotes, in bytes.
 const MAX_QUOTE: usize = 64;
 
+/// The most faults that an error lists.
+const MAX_FAULTS: usize = 8;
+
 /// A caller's value as an error shows it.
 fn quote(value: &str) -> String {
     format!("{:?}", printable(value, MAX_QUOTE))
@@ -99,7 +102,10 @@ pub fn decode(
     };
     let mut fields = Fields { object: object.fields, faults: Vec::new() };
     for name in object.twice {
-        fields.fault(&name, "is given twice");
+        fields.object.remove(&name);
+        if !fields.faulty(&name) {
+            fields.fault(&name, "is given twice");
+        }
     }
 
     let id = fields.take("id", |v| text(v)?.parse::<JobId>().map_err(|e| e.to_string()));
@@ -242,7 +248,7 @@ impl Fields {
 
     /// What is at fault, with every field nobody took.
     fn into_error(mut self) -> Option<JobError> {
-        for name in std::mem::take(&mut self.object).keys() {
+        for name in std::mem::take(&mut self.object).keys().take(MAX_FAULTS) {
             let why = format!("is no field of a request; the fields are {}", FIELDS.join(", "));
             self.fault(name, &why);
         }
@@ -250,8 +256,12 @@ impl Fields {
             return None;
         }
         // A request with thousands of wrong fields needs no message of that length.
-        let lines: Vec<String> =
-            self.faults.iter().take(8).map(|(name, why)| format!("{name}: {why}")).collect();
+        let lines: Vec<String> = self
+            .faults
+            .iter()
+            .take(MAX_FAULTS)
+            .map(|(name, why)| format!("{name}: {why}"))
+            .collect();
         Some(JobError::new(code::INVALID_FIELD, lines.join("; ")))
     }
 }

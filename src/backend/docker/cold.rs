@@ -161,6 +161,10 @@ impl Run for ColdRun {
         }
     }
 
+    fn has_exited(&self) -> bool {
+        self.exit_code.is_some()
+    }
+
     fn signal(&self, signal: Signal) -> BoxFuture<'static, Result<(), Failure>> {
         self.container.signal(signal)
     }

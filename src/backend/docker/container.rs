@@ -322,7 +322,8 @@ fn refusal(status: u16, message: &str, job: &Job) -> Option<Failure> {
         let dir = job.working_dir.as_deref().unwrap_or_default();
         return rejected(code::INVALID_WORKING_DIR, format!("working_dir {dir:?}: {message}"));
     }
-    if says(&["exec: \""]) {
+    // The command's own name, and not that of a runtime or a helper program of the engine.
+    if job.args.first().is_some_and(|arg| message.contains(&format!("exec: {arg:?}"))) {
         if says(&["executable file not found", "no such file or directory"]) {
             return rejected(code::COMMAND_NOT_FOUND, message.to_owned());
         }
@@ -365,7 +366,7 @@ mod tests {
         let job = Job {
             id: crate::job::JobId::new(),
             image: "python".to_owned(),
-            args: vec![],
+            args: vec!["nosuch".to_owned()],
             env: Default::default(),
             stdin: None,
             working_dir: Some("/w".to_owned()),
@@ -388,13 +389,14 @@ mod tests {
             (400, "Cannot mkdir: /etc/passwd is not a directory", Some(code::INVALID_WORKING_DIR)),
             (500, "mkdir /var/lib/docker/overlay2/x: no space left on device", None),
             (500, "mkdir /sys/fs/cgroup/memory/docker/x: cannot allocate memory", None),
-            (400, "exec: \"docker-init\": executable file not found in $PATH", None),
+            (500, "exec: \"docker-init\": executable file not found in $PATH", None),
             (
                 400,
                 "runc create failed: exec: \"nosuch\": executable file not found in $PATH",
                 Some(code::COMMAND_NOT_FOUND),
             ),
-            (400, "exec: \"/etc/passwd\": permission denied", Some(code::COMMAND_NOT_EXECUTABLE)),
+            (400, "exec: \"nosuch\": permission denied", Some(code::COMMAND_NOT_EXECUTABLE)),
+            (500, "failed: exec: \"runsc\": executable file not found in $PATH", None),
             (404, "No such image: sha256:x", None),
             (404, "No such container: x", None),
             (404, "network lan not found", Some(code::CONTAINER_REFUSED)),

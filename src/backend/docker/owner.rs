@@ -210,11 +210,9 @@ impl Identity {
         let created = engine
             .call("write a heartbeat", |d| async move { d.create_volume(request).await })
             .await;
-        match created {
-            Ok(_) => self.last_beat.store(now, Ordering::Relaxed),
-            Err(error) => {
-                tracing::warn!(%error, "no heartbeat: neighbours may take this instance for dead");
-            }
+        self.last_beat.store(now, Ordering::Relaxed);
+        if let Err(error) = created {
+            tracing::warn!(%error, "no heartbeat: neighbours may take this instance for dead");
         }
     }
 
@@ -246,6 +244,13 @@ impl Identity {
             }
         }
         if let Some(id) = labels.get(LABEL_OWNER_CONTAINER).filter(|id| !id.is_empty()) {
+            // A former life of this very container, however short the time between.
+            let former = owner.as_ref().zip(self.process.as_ref());
+            if self.container.get() == Some(id)
+                && former.is_some_and(|(owner, own)| owner.pid_namespace != own.pid_namespace)
+            {
+                return Verdict::Dead;
+            }
             let query = None::<InspectContainerOptions>;
             let inspect = |d: Docker| async move { d.inspect_container(id, query).await };
             match engine.call("inspect an owner's container", inspect).await {
