@@ -31,6 +31,11 @@ use crate::stats::Samples;
 /// How many jobs are under way at once.
 const PARALLEL: [usize; 2] = [1, 8];
 
+/// The daemon's slots: its default, or as many as the jobs under way.
+fn slots(parallel: usize) -> usize {
+    parallel.max(5)
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) enum Contender {
     /// The daemon, the next job published as soon as a result is in.
@@ -193,7 +198,7 @@ async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
     let mut daemons = HashMap::new();
     if !options.without_daemon {
         for parallel in PARALLEL {
-            daemons.insert(parallel, Daemon::start(&nats, parallel).await?);
+            daemons.insert(parallel, Daemon::start(&nats, slots(parallel)).await?);
         }
     }
     let mut measured = Measured {
@@ -213,8 +218,8 @@ async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
         }
     }
     let mut before = HashMap::new();
-    for (slots, daemon) in &daemons {
-        before.insert(*slots, (daemon.jobs_done, daemon.usage()?));
+    for (parallel, daemon) in &daemons {
+        before.insert(*parallel, (daemon.jobs_done, daemon.usage()?));
     }
 
     let began = Instant::now();
@@ -239,25 +244,25 @@ async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
         measured.rounds += 1;
     }
 
-    for slots in PARALLEL {
-        let Some(daemon) = daemons.get_mut(&slots) else {
+    for parallel in PARALLEL {
+        let Some(daemon) = daemons.get_mut(&parallel) else {
             continue;
         };
-        let (jobs_before, usage_before) = before[&slots];
+        let (jobs_before, usage_before) = before[&parallel];
         let usage = daemon.usage()?;
         let jobs = daemon.jobs_done - jobs_before;
         let mut figures = DaemonFigures {
-            slots,
+            slots: slots(parallel),
             cpu_jobs: jobs,
             cpu_ms_per_job: (usage.cpu_ms - usage_before.cpu_ms) / jobs as f64,
             memory: Vec::new(),
         };
-        if slots > 1 {
+        if parallel > 1 {
             // The same daemon goes on, so that the figures are points on one line.
             for mark in if options.long { &[200, 1000, 2000][..] } else { &[200][..] } {
                 let missing = mark.max(&daemon.jobs_done) - daemon.jobs_done;
                 eprintln!("bench: up to {mark} jobs, {missing} to go");
-                let batch = daemon.run(missing, slots).await?;
+                let batch = daemon.run(missing, parallel).await?;
                 engine.drained().await?;
                 measured.lost += batch.lost;
                 measured.wrong += batch.wrong;
