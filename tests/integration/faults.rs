@@ -96,6 +96,22 @@ async fn a_job_an_engine_takes_down_with_it_is_run_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_job_that_has_no_attempt_left_says_what_failed_it() {
+    let mut private = PrivateEngine::start().await;
+    let world = world_on(&private, &[("MAX_CONTAINERS", "1"), ("MAX_DELIVER", "1")]).await;
+    let held = world.hold().await;
+    private.kill().await;
+    private.restart().await;
+    let message = world.results.wait_for(&held.id).await;
+    assert_eq!(header(&message, "Job-Status").as_deref(), Some("error"), "{:?}", message.headers);
+    let code = header(&message, "Job-Error").unwrap();
+    assert!(code.starts_with("engine."), "{:?}", message.headers);
+    assert_eq!(header(&message, "Job-Attempt").as_deref(), Some("1"));
+    world.works(1).await;
+    world.clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_frozen_engine_holds_nobody_for_ever() {
     let private = PrivateEngine::start().await;
     let world = world_on(

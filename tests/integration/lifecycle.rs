@@ -8,8 +8,10 @@ use serde_json::json;
 use crate::support::daemon::Daemon;
 use crate::support::engine::{INSTANCE_LABEL, JOB_LABEL, label};
 use crate::support::process::Signal;
-use crate::support::results::header;
-use crate::support::wait::eventually;
+use crate::support::proxy::{Flow, Proxy};
+use crate::support::registry::{Access, Registry};
+use crate::support::results::{Results, header};
+use crate::support::wait::{PATIENCE, eventually};
 use crate::support::world::{World, held};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -59,6 +61,57 @@ async fn what_runs_is_finished_and_what_waits_is_given_back() {
     }
     assert!(world.containers().await.is_empty(), "it cleans up before it goes");
     assert!(world.tally().values().all(|count| *count == 1), "{:?}", world.tally());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_request_that_comes_during_the_end_is_answered_or_refused() {
+    const REQUESTS: usize = 2000;
+    // The NATS client library forgets a subscription once it has told the server so, and not when
+    // the server has confirmed it: what is on its way just then is lost, mostly nothing and at
+    // this rate ten or twenty. Anything that waits in the daemon would be many more.
+    const UNDER_WAY: usize = 60;
+    let mut world = World::start(&[("SHUTDOWN_GRACE", "1s"), ("MAX_CONTAINERS", "2")]).await;
+    let inbox = world.client.new_inbox();
+    let reply_prefix = inbox.clone();
+    let answers = Results::subscribe(&world.client, &format!("{inbox}.*")).await;
+    let (begun, has_begun) = tokio::sync::oneshot::channel();
+    let publisher = {
+        let client = world.client.clone();
+        let requests: Vec<String> = (0..REQUESTS)
+            .map(|_| world.complete(json!({"parameter": "true"})).1.to_string())
+            .collect();
+        tokio::spawn(async move {
+            let mut begun = Some(begun);
+            for (n, request) in requests.into_iter().enumerate() {
+                let subject = ["functions.execute", "functions.run"][n % 2];
+                let reply = format!("{reply_prefix}.{n}");
+                client.publish_with_reply(subject, reply, request.into()).await.unwrap();
+                if n % 10 == 0 {
+                    // A stream of them and not one burst, so that the end falls within.
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                if n == REQUESTS / 4 {
+                    begun.take().unwrap().send(()).unwrap();
+                }
+            }
+        })
+    };
+    has_begun.await.unwrap();
+    world.daemon.signal(Signal::TERM);
+    assert_eq!(world.daemon.exit().await.code(), Some(0), "{}", world.daemon.log().text());
+    publisher.await.unwrap();
+    // All that will come is in the server's hands: this comes after it.
+    world.client.publish(format!("{inbox}.end"), "".into()).await.unwrap();
+    let is_end = |answer: &async_nats::Message| answer.subject.ends_with(".end");
+    eventually("the last answer", || async { answers.all().last().is_some_and(is_end) }).await;
+    let mut all = answers.all();
+    all.pop();
+    // The server itself says so when nobody listens any more.
+    let refused = all.iter().filter(|answer| answer.status.is_some()).count();
+    assert!((1..all.len()).contains(&refused), "the end fell within: {refused} of {}", all.len());
+    let lost = REQUESTS - all.len();
+    assert!(lost <= UNDER_WAY, "{lost} of {REQUESTS} were neither answered nor refused");
+    assert!(world.containers().await.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -133,7 +186,7 @@ async fn a_daemon_killed_at_any_moment_leaves_nothing_for_good() {
         for _ in 0..20 {
             world.submit(json!({"parameter": "true"})).await;
         }
-        world.results.wait_for_count(before + results, crate::support::wait::PATIENCE).await;
+        world.results.wait_for_count(before + results, PATIENCE).await;
         world.crash_and_restart().await;
     }
     world.clean().await;
@@ -174,6 +227,38 @@ async fn a_dead_neighbours_containers_are_removed_by_the_living() {
     dead.daemon.crash().await;
     dead.engine.gone(&theirs.id).await;
     living.works(2).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_neighbour_that_stands_still_is_not_dead() {
+    let still = World::start(&[]).await;
+    let theirs = still.hold().await;
+    still.daemon.signal(Signal::STOP);
+    let busy = World::start(&[("REAP_INTERVAL", "200ms")]).await;
+    // Each of these takes longer than a look at all containers.
+    busy.works(5).await;
+    busy.works(5).await;
+    assert_eq!(still.engine.containers_of(&theirs.id).await.len(), 1, "it is there");
+    still.daemon.signal(Signal::CONT);
+    still.release(&theirs).await;
+    assert_eq!(still.results.wait_for(&theirs.id).await.payload, "released\n");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_pull_that_does_not_end_does_not_keep_a_daemon() {
+    let registry = Registry::start(Access::Anyone).await;
+    registry.put("never", "1", "never");
+    let proxy = Proxy::to(registry.port, Flow::Shut).await;
+    let image = format!("127.0.0.1:{}/never:1", proxy.port);
+    let mut world = World::start(&[("SHUTDOWN_GRACE", "1s")]).await;
+    let _guard = world.engine.remove_later(&image);
+    let id = world.submit(json!({"image_reference": image})).await;
+    eventually("the engine asks for the image", || async { proxy.connections() > 0 }).await;
+    world.daemon.signal(Signal::TERM);
+    let status = world.daemon.exit().await;
+    assert_eq!(status.code(), Some(0), "{}", world.daemon.log().text());
+    let message = world.results.wait_for(&id).await;
+    assert_eq!(header(&message, "Job-Status").as_deref(), Some("error"), "{:?}", message.headers);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]

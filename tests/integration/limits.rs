@@ -38,6 +38,23 @@ async fn a_job_past_its_deadline_is_asked_and_then_made_to_stop() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn endless_output_does_not_put_the_deadline_off() {
+    let world = World::start(&[("STOP_GRACE", "500ms")]).await;
+    let (chatter, both) = tokio::join!(
+        world.execute(json!({"parameter": "yes", "timeout_ms": 3000})),
+        world.execute(json!({"parameter": ["sh", "-c", "trap '' TERM; yes & yes >&2"],
+            "timeout_ms": 3000})),
+    );
+    for ended in [chatter, both] {
+        assert_eq!(ended.status(), "timed_out", "{}", ended.outcome["error"]);
+        assert_eq!(ended.outcome["stdout_truncated"], true);
+        assert!(ended.stdout().starts_with(b"y\ny\n"), "what came before is kept");
+    }
+    world.clean().await;
+    world.works(5).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_job_without_a_deadline_has_the_operators() {
     let world =
         World::start(&[("DEFAULT_TIMEOUT", "2s"), ("MAX_TIMEOUT", "20s"), ("STOP_GRACE", "100ms")])

@@ -74,6 +74,17 @@ async fn output_of_every_kind_comes_back_byte_for_byte() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn the_end_of_the_output_is_not_the_end_of_the_function() {
+    let world = World::start(&[]).await;
+    let script = "echo before; exec >&- 2>&-; sleep 2; exit 5";
+    let ended = world.execute(json!({"parameter": ["sh", "-c", script]})).await;
+    assert_eq!((ended.status(), ended.exit_code()), ("failed", Some(5)), "{}", ended.outcome);
+    assert_eq!(ended.text(), "before\n");
+    let run = ended.outcome["timings_ms"]["run"].as_f64().unwrap();
+    assert!(run >= 1500.0, "it was waited for: {}", ended.outcome);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn the_body_holds_both_streams_as_they_came() {
     let world = World::start(&[]).await;
     // The pauses make the order one that can be relied on; without them the kernel may merge.
