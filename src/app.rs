@@ -295,7 +295,9 @@ impl Daemon {
         // In KiB: what waits here is bounded as the buffer of the other requests is.
         let places = u32::try_from(self.buffer_bytes >> 10).unwrap_or(u32::MAX).min(1 << 29);
         let waiting = Arc::new(Semaphore::new(places as usize));
+        let mut count = 0;
         while let Some(Some(message)) = self.unless_draining(requests.next()).await {
+            count += 1;
             let message = received(message, Kind::Run);
             if *engine.borrow() == Health::Down {
                 let error = JobError::new(
@@ -332,7 +334,7 @@ impl Daemon {
             });
         }
         // What came in before the end of the subscription is answered, too.
-        for message in self.connection.unsubscribe(&mut requests).await {
+        for message in self.connection.unsubscribe(&mut requests, count).await {
             self.refuse(received(message, Kind::Run), shutting_down());
         }
     }

@@ -23,6 +23,10 @@ const PING_INTERVAL: Duration = Duration::from_secs(15);
 const CONFIRM_PATIENCE: Duration = Duration::from_secs(60);
 /// How often the connection's state is looked at beside the client's events.
 const STATE_CHECK: Duration = Duration::from_secs(1);
+/// How many more messages a subscription takes before its end: more than are on the wire at once.
+const LAST_MESSAGES: u64 = 256;
+/// How long they may take to come.
+const LAST_MESSAGES_PATIENCE: Duration = Duration::from_millis(250);
 /// How long a server may take to end a subscription.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 /// How long one try to connect may take.
@@ -152,22 +156,39 @@ impl Connection {
         }
     }
 
-    /// Ends a subscription and yields what has arrived so far.
+    /// Ends a subscription that has yielded `received` messages, and yields what still arrives.
     ///
-    /// What is still on the wire is lost: the client library forgets the subscription before the
-    /// server does. Without a server there is nothing to wait for; one that does not answer is
-    /// waited for only for a moment.
-    pub async fn unsubscribe(&self, subscriber: &mut Subscriber) -> Vec<async_nats::Message> {
+    /// The client library forgets a subscription before the server does, and drops what is on the
+    /// wire in between. So the end is first put at a number of messages to come, which both sides
+    /// count alike: under load it is reached at once, and nothing is lost. Where it is not reached
+    /// there is hardly any traffic to lose. Without a server there is nothing to wait for.
+    pub async fn unsubscribe(
+        &self,
+        subscriber: &mut Subscriber,
+        received: u64,
+    ) -> Vec<async_nats::Message> {
         let mut rest = Vec::new();
-        let draining = async {
-            if *self.connected.borrow() && subscriber.drain().await.is_ok() {
-                while let Some(message) = subscriber.next().await {
-                    rest.push(message);
+        if *self.connected.borrow() {
+            let exact = async {
+                if subscriber.unsubscribe_after(received + LAST_MESSAGES).await.is_ok() {
+                    while let Some(message) = subscriber.next().await {
+                        rest.push(message);
+                    }
                 }
+            };
+            if tokio::time::timeout(LAST_MESSAGES_PATIENCE, exact).await.is_ok() {
+                return rest;
             }
-        };
-        if tokio::time::timeout(DRAIN_PATIENCE, draining).await.is_err() {
-            tracing::debug!("the server did not end the subscription in time");
+            let abrupt = async {
+                if subscriber.drain().await.is_ok() {
+                    while let Some(message) = subscriber.next().await {
+                        rest.push(message);
+                    }
+                }
+            };
+            if tokio::time::timeout(DRAIN_PATIENCE, abrupt).await.is_err() {
+                tracing::debug!("the server did not end the subscription in time");
+            }
         }
         // Without a server, and after a timeout: what lies in the client's channel already.
         while let Some(Some(message)) = subscriber.next().now_or_never() {

@@ -94,16 +94,20 @@ struct Intake {
 
 impl Intake {
     async fn run(mut self, mut subscriber: Subscriber, closing: CancellationToken) {
+        let mut count = 0;
         loop {
             tokio::select! {
                 message = subscriber.next() => match message {
-                    Some(message) => self.take(received(message, Kind::Execute)),
+                    Some(message) => {
+                        count += 1;
+                        self.take(received(message, Kind::Execute));
+                    }
                     None => return,
                 },
                 () = closing.cancelled() => break,
             }
         }
-        for message in self.connection.clone().unsubscribe(&mut subscriber).await {
+        for message in self.connection.clone().unsubscribe(&mut subscriber, count).await {
             self.take(received(message, Kind::Execute));
         }
     }
