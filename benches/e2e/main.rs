@@ -130,6 +130,8 @@ pub(crate) struct DaemonFigures {
     pub(crate) slots: usize,
     pub(crate) cpu_jobs: usize,
     pub(crate) cpu_ms_per_job: f64,
+    /// Per second in which it had nothing to do.
+    pub(crate) idle_cpu_ms: f64,
     /// Jobs done so far, and the process at that point.
     pub(crate) memory: Vec<(usize, Usage)>,
 }
@@ -219,9 +221,11 @@ async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
     }
     let mut before = HashMap::new();
     for (parallel, daemon) in &daemons {
-        before.insert(*parallel, (daemon.jobs_done, daemon.usage()?));
+        before.insert(*parallel, daemon.usage()?.cpu_ms);
     }
 
+    // Of each daemon in its own turns: jobs, CPU time, and how long they took.
+    let mut busy: HashMap<usize, (usize, f64, Duration)> = HashMap::new();
     let began = Instant::now();
     for round in 0..options.rounds {
         if round >= 3 && began.elapsed() + began.elapsed() / u32::try_from(round)? > options.budget
@@ -235,7 +239,15 @@ async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
             let by = round % order.len();
             order.rotate_left(by);
             for contender in order.into_iter().filter(|c| c.takes_part(parallel, options)) {
+                let turn = Instant::now();
+                let cpu = daemons.get(&parallel).map(Daemon::cpu_now).transpose()?;
                 let block = block(engine, &mut daemons, contender, parallel, jobs).await?;
+                if let (Contender::Daemon | Contender::DaemonIdle, Some(cpu)) = (contender, cpu) {
+                    let total = busy.entry(parallel).or_default();
+                    total.0 += jobs;
+                    total.1 += daemons[&parallel].cpu_now()? - cpu;
+                    total.2 += turn.elapsed();
+                }
                 measured.lost += block.lost;
                 measured.wrong += block.wrong;
                 measured.blocks.entry((contender, parallel)).or_default().push(block);
@@ -244,17 +256,19 @@ async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
         measured.rounds += 1;
     }
 
+    let took = began.elapsed();
+
     for parallel in PARALLEL {
         let Some(daemon) = daemons.get_mut(&parallel) else {
             continue;
         };
-        let (jobs_before, usage_before) = before[&parallel];
-        let usage = daemon.usage()?;
-        let jobs = daemon.jobs_done - jobs_before;
+        let cpu_in_all = daemon.usage()?.cpu_ms - before[&parallel];
+        let (jobs, cpu_ms, turns) = busy[&parallel];
         let mut figures = DaemonFigures {
             slots: slots(parallel),
             cpu_jobs: jobs,
-            cpu_ms_per_job: (usage.cpu_ms - usage_before.cpu_ms) / jobs as f64,
+            cpu_ms_per_job: cpu_ms / jobs as f64,
+            idle_cpu_ms: (cpu_in_all - cpu_ms).max(0.0) / (took - turns).as_secs_f64(),
             memory: Vec::new(),
         };
         if parallel > 1 {
