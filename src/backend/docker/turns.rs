@@ -13,9 +13,9 @@ use tokio::sync::{Semaphore, SemaphorePermit, watch};
 /// How long a removal waits before it looks whether a creation is under way: time for the caller
 /// who just got a result to send the next request.
 const LINGER: Duration = Duration::from_millis(2);
-/// How long creations may hold a removal up. Removals free slots: under full load they must not
-/// starve.
-const MAX_YIELD: Duration = Duration::from_millis(100);
+/// How long creations may hold a removal up: a few of them, one after the other. Removals free
+/// slots, and under full load, when a creation is always under way, they must not wait for long.
+const MAX_YIELD: Duration = Duration::from_millis(20);
 /// How long a removal waits for its turn: a hanging engine call must not stop the others for ever.
 const MAX_QUEUE: Duration = Duration::from_secs(10);
 
@@ -43,8 +43,9 @@ impl Turns {
     /// Waits for the turn to remove. Nothing comes back where it did not come in time: then the
     /// removal goes ahead without one.
     pub(super) async fn remove(&self) -> Option<SemaphorePermit<'_>> {
-        let turn = tokio::time::timeout(MAX_QUEUE, self.removing.acquire()).await.ok()?.ok()?;
+        // Before the turn, not within it: the next removal in the queue lingers meanwhile.
         tokio::time::sleep(LINGER).await;
+        let turn = tokio::time::timeout(MAX_QUEUE, self.removing.acquire()).await.ok()?.ok()?;
         let mut creating = self.creating.subscribe();
         // Over either way: the wait is a courtesy.
         let _ = tokio::time::timeout(MAX_YIELD, creating.wait_for(|n| *n == 0)).await;
