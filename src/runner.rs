@@ -128,7 +128,7 @@ impl Runner {
         let attempt = self.drive(run.as_mut(), &limits).await;
         let mut cleaned = false;
         let mut settle = Some(settle);
-        if let Some(delay) = self.retry_delay(&attempt.verdict, &context, settle.as_deref()) {
+        if let Some(delay) = self.retry_delay(&id, &attempt.verdict, &context, settle.as_deref()) {
             // The next attempt must not run beside what is left of this one.
             cleaned = tokio::select! {
                 () = self.clean_up(run.as_mut(), &id) => true,
@@ -172,6 +172,7 @@ impl Runner {
     /// After how long the job is to be tried again; nothing where this attempt was the last.
     fn retry_delay(
         &self,
+        id: &JobId,
         verdict: &Verdict,
         context: &Context,
         settle: Option<&dyn Settle>,
@@ -190,6 +191,7 @@ impl Runner {
         }
         let delay = ATTEMPTS.delay(attempt);
         tracing::warn!(
+            job = %id,
             attempt,
             %failure,
             delay_ms = delay.as_millis(),
