@@ -13,21 +13,16 @@ use crate::admission::Slots;
 use crate::backend::docker::{self, Docker};
 use crate::backend::{Backend, PreflightError};
 use crate::config::{Config, EX_CONFIG};
+use crate::health::{Health, down, reap, up, watch_engine};
 use crate::job::{JobError, code};
 use crate::nats::Connection;
 use crate::publish::Publisher;
-use crate::retry::Backoff;
 use crate::runner::{self, Runner};
 use crate::shutdown::{Shutdown, Signals};
 use crate::source::buffer::Limits;
 use crate::source::core::{CoreSource, Once, received};
 use crate::source::{Delivery, Kind, Message, Source};
 
-/// How often a healthy engine is pinged, so that its absence is noticed while nothing runs.
-const PING_INTERVAL: Duration = Duration::from_secs(5);
-/// Delays between looks at an engine that is away.
-const ENGINE_RETRY: Backoff =
-    Backoff { first: Duration::from_millis(250), most: Duration::from_secs(5) };
 /// Beyond the stopped functions' own grace and what they print: time to remove and to flush.
 const LAST_RITES: Duration = Duration::from_secs(10);
 /// How long a forced end may take to kill and remove what still runs.
@@ -223,14 +218,6 @@ fn instance_name() -> String {
     format!("{host}-{:08x}", unique & 0xffff_ffff)
 }
 
-/// What is known of the engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Health {
-    Unknown,
-    Up,
-    Down,
-}
-
 /// The parts that take work and hand it to the runner.
 #[derive(Clone)]
 struct Daemon {
@@ -402,75 +389,6 @@ fn shutting_down() -> JobError {
         code::SHUTTING_DOWN,
         "the worker shut down before the function began; send it again",
     )
-}
-
-async fn up(engine: &mut watch::Receiver<Health>) {
-    if engine.wait_for(|health| *health == Health::Up).await.is_err() {
-        std::future::pending::<()>().await;
-    }
-}
-
-async fn down(engine: &mut watch::Receiver<Health>) {
-    if engine.wait_for(|health| *health != Health::Up).await.is_err() {
-        std::future::pending::<()>().await;
-    }
-}
-
-/// Keeps looking whether the engine is there: now and then while it is, soon after a suspicion,
-/// and with growing delays while it is away. One log line per change.
-///
-/// An engine that turns out unfit when it first appears ends the daemon, as it would have at the
-/// start; one that comes back unfit is waited for.
-async fn watch_engine(
-    backend: Arc<dyn Backend>,
-    health: watch::Sender<Health>,
-    mut suspected: watch::Receiver<u64>,
-    unfit: oneshot::Sender<String>,
-) {
-    let mut failures = 0;
-    let mut unfit = Some(unfit);
-    loop {
-        let now = match backend.preflight().await {
-            Ok(()) => {
-                unfit = None;
-                Health::Up
-            }
-            Err(error) => {
-                if let PreflightError::Unfit(why) = &error
-                    && let Some(unfit) = unfit.take()
-                {
-                    // Nobody to hear it is the daemon's end, too.
-                    let _ = unfit.send(why.clone());
-                }
-                if *health.borrow() != Health::Down {
-                    tracing::warn!(%error, "the container engine is away; requests wait");
-                }
-                Health::Down
-            }
-        };
-        if health.send_replace(now) == Health::Down && now == Health::Up {
-            tracing::info!("the container engine is back");
-        }
-        failures = if now == Health::Up { 0 } else { failures + 1 };
-        if now == Health::Up {
-            // The sender lives as long as the runner, and so longer than this task.
-            let _ = tokio::time::timeout(PING_INTERVAL, suspected.changed()).await;
-        } else {
-            tokio::time::sleep(ENGINE_RETRY.delay(failures)).await;
-        }
-    }
-}
-
-/// Looks for strays at the start, after every absence of the engine, and at every interval.
-async fn reap(backend: Arc<dyn Backend>, mut engine: watch::Receiver<Health>, interval: Duration) {
-    loop {
-        up(&mut engine).await;
-        if let Err(error) = backend.reap().await {
-            tracing::warn!(%error, "not all stray containers could be removed");
-        }
-        // Whichever comes first: both lead to another look.
-        let _ = tokio::time::timeout(interval, down(&mut engine)).await;
-    }
 }
 
 /// Says once that requests are taken and can be run.

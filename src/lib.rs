@@ -21,6 +21,7 @@
 //! | [`source`] | where requests come from |
 //! | [`admission`] | slots |
 //! | [`backend`] | what runs a job; [`backend::docker`] is the one there is |
+//! | [`health`] | whether the engine is there, and the reaper's hours |
 //! | [`runner`] | one delivery to exactly one outcome |
 //! | [`publish`] | outcomes on their way out |
 //! | [`shutdown`] | signals and the drain's deadline |
@@ -30,6 +31,7 @@ pub mod app;
 pub mod backend;
 pub mod capture;
 pub mod config;
+pub mod health;
 pub mod job;
 pub mod nats;
 pub mod protocol;

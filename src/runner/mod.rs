@@ -1,14 +1,16 @@
 //! One delivery to exactly one outcome: decode, run, publish, settle, clean up.
 
+mod attempt;
+mod verdict;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use futures::future::{BoxFuture, OptionFuture};
 use tokio::sync::watch;
 
 use crate::admission::Slot;
-use crate::backend::{Backend, Event, Exit, Run, Signal, Started};
-use crate::capture::{Capture, Captured};
+use crate::backend::{Backend, Run};
+use crate::capture::Captured;
 use crate::config::Policy;
 use crate::job::{Failure, Job, JobError, JobId, Limits, Outcome, Status, Timings, Usage, code};
 use crate::protocol::{Request, Subjects, request};
@@ -26,9 +28,9 @@ const CLEANUPS: Backoff =
 /// Tries after which a container that has stopped is left to the reaper.
 const CLEANUP_TRIES: u32 = 4;
 
-/// How long a killed function may take to be gone at the daemon's end. Shorter than the end's own
-/// patience, so that an engine that hangs does not cost the outcome.
-pub const LAST_PATIENCE: Duration = Duration::from_secs(3);
+pub use attempt::LAST_PATIENCE;
+use attempt::{Attempt, Verdict};
+use verdict::judge;
 
 /// What a runner needs to know.
 #[derive(Clone, Debug)]
@@ -68,31 +70,6 @@ struct Context {
     begun: Instant,
 }
 
-/// How an attempt ended.
-struct Attempt {
-    started: Option<Started>,
-    /// From the start to the end.
-    ran: Option<Duration>,
-    output: Captured,
-    verdict: Verdict,
-}
-
-enum Verdict {
-    /// The function ended by itself.
-    Exited(Exit),
-    /// The daemon ended it; with the exit, where it was seen.
-    Ended(Why, Option<Exit>),
-    /// It never began, or its end cannot be known.
-    Failed(Failure),
-}
-
-/// Why the daemon ends a function.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Why {
-    Deadline,
-    Shutdown,
-}
-
 impl Runner {
     /// A runner on `backend`. Every failure that puts the engine in doubt bumps `suspicions`.
     #[must_use]
@@ -125,7 +102,7 @@ impl Runner {
         tracing::debug!(job = %job.id, image = %job.image, attempt = context.message.attempt, "job begins");
         let (id, image, limits) = (job.id.clone(), job.image.clone(), job.limits.clone());
         let mut run = self.backend.prepare(job);
-        let attempt = self.drive(run.as_mut(), &limits).await;
+        let attempt = attempt::drive(run.as_mut(), &limits, &self.options, &self.shutdown).await;
         let mut cleaned = false;
         let mut settle = Some(settle);
         if let Some(delay) = self.retry_delay(&id, &attempt.verdict, &context, settle.as_deref()) {
@@ -216,12 +193,7 @@ impl Runner {
         let mut route = context.route.clone();
         // A request that was told to come back is no job yet.
         route.results &= error.code != code::BUSY;
-        let attempt = Attempt {
-            started: None,
-            ran: None,
-            output: Captured::default(),
-            verdict: Verdict::Failed(Failure::Permanent(error)),
-        };
+        let attempt = Attempt::failed(Failure::Permanent(error));
         let outcome = self.outcome(job.id, Some(job.image), &job.limits, &context, attempt);
         self.report(&outcome);
         self.publish(&outcome, &route).await;
@@ -263,117 +235,12 @@ impl Runner {
         match decoded {
             Ok(Request { job, .. }) => Ok((job, context)),
             Err(refusal) => {
-                let attempt = Attempt {
-                    started: None,
-                    ran: None,
-                    output: Captured::default(),
-                    verdict: Verdict::Failed(Failure::Rejected(refusal.error)),
-                };
+                let attempt = Attempt::failed(Failure::Rejected(refusal.error));
                 let limits =
                     Limits { timeout: Duration::ZERO, memory_bytes: 0, cpus: 0.0, pids: 0 };
                 let outcome = self.outcome(refusal.id, refusal.image, &limits, &context, attempt);
                 Err(Box::new((outcome, context)))
             }
-        }
-    }
-
-    /// Starts the run and sees it to its end, whoever brings that about.
-    async fn drive(&self, run: &mut dyn Run, limits: &Limits) -> Attempt {
-        let mut capture = Capture::new(self.options.output_limit);
-        let started = tokio::select! {
-            started = run.start() => started,
-            () = self.shutdown.stopping.cancelled() => {
-                let message = "the worker shut down before the function began";
-                Err(Failure::Permanent(JobError::new(code::JOB_STOPPED, message)))
-            }
-        };
-        let started = match started {
-            Ok(started) => started,
-            Err(failure) => {
-                return Attempt {
-                    started: None,
-                    ran: None,
-                    output: capture.finish(),
-                    verdict: Verdict::Failed(failure),
-                };
-            }
-        };
-        let begun = Instant::now();
-        let verdict = self.watch(run, &mut capture, begun + limits.timeout).await;
-        Attempt {
-            started: Some(started),
-            ran: Some(begun.elapsed()),
-            output: capture.finish(),
-            verdict,
-        }
-    }
-
-    /// Takes the output until the function ends, and ends it when it must.
-    ///
-    /// Output is taken all the while, also while a signal is on its way: an engine that cannot
-    /// get rid of output does not get to the signal either.
-    async fn watch(&self, run: &mut dyn Run, capture: &mut Capture, deadline: Instant) -> Verdict {
-        let mut ending: Option<(Why, Signal)> = None;
-        let mut hurried = false;
-        let mut alarm = tokio::time::Instant::from_std(deadline);
-        let mut signalling: OptionFuture<BoxFuture<'static, Result<(), Failure>>> = None.into();
-        loop {
-            let why = ending.map(|(why, _)| why);
-            let killed = matches!(ending, Some((_, Signal::Kill)));
-            let (why, signal) = tokio::select! {
-                event = run.next() => match (event, why) {
-                    (Ok(Event::Output(stream, chunk)), _) => {
-                        capture.push(stream, &chunk);
-                        continue;
-                    }
-                    (Ok(Event::Exited(exit)), None) => return Verdict::Exited(exit),
-                    (Ok(Event::Exited(exit)), Some(why)) => return Verdict::Ended(why, Some(exit)),
-                    (Err(failure), None) => return Verdict::Failed(failure),
-                    (Err(_), Some(why)) => return Verdict::Ended(why, None),
-                },
-                Some(result) = &mut signalling => {
-                    signalling = None.into();
-                    if let Err(error) = result {
-                        tracing::warn!(%error, "could not signal the function");
-                    }
-                    continue;
-                }
-                () = tokio::time::sleep_until(alarm) => match ending {
-                    None => (Why::Deadline, Signal::Term),
-                    Some((why, Signal::Term)) => (why, Signal::Kill),
-                    // The engine does not say that it is gone. The clean-up goes on trying.
-                    Some((why, Signal::Kill)) => return Verdict::Ended(why, None),
-                },
-                () = self.shutdown.stopping.cancelled(), if killed && !hurried => {
-                    hurried = true;
-                    alarm = alarm.min(tokio::time::Instant::now() + LAST_PATIENCE);
-                    continue;
-                }
-                () = self.shutdown.forced.cancelled(), if !killed => {
-                    (why.unwrap_or(Why::Shutdown), Signal::Kill)
-                }
-                () = self.shutdown.stopping.cancelled(), if ending.is_none() => {
-                    (Why::Shutdown, Signal::Term)
-                }
-            };
-            if run.has_exited() && ending.is_none() {
-                // It ended in time, and the engine is slow to say how. Its calls have deadlines.
-                if self.shutdown.stopping.is_cancelled() {
-                    return Verdict::Ended(why, None);
-                }
-                alarm = tokio::time::Instant::now() + self.options.kill_patience;
-                continue;
-            }
-            ending = Some((why, signal));
-            signalling = Some(run.signal(signal)).into();
-            let patience = match signal {
-                Signal::Term => self.options.stop_grace,
-                Signal::Kill if self.shutdown.stopping.is_cancelled() => {
-                    self.options.kill_patience.min(LAST_PATIENCE)
-                }
-                Signal::Kill => self.options.kill_patience,
-            };
-            alarm = tokio::time::Instant::now() + patience;
         }
     }
 
@@ -450,47 +317,6 @@ impl Runner {
         } else {
             tracing::info!(%job, image, %status, exit_code, attempt, total_ms, error, "job ended");
         }
-    }
-}
-
-/// What an ending means.
-struct Judgement {
-    status: Status,
-    error: Option<JobError>,
-    exit: Option<Exit>,
-    /// Whether the command could not be executed.
-    not_started: bool,
-}
-
-fn judge(verdict: Verdict, limits: &Limits) -> Judgement {
-    let done = |status, error, exit| Judgement { status, error, exit, not_started: false };
-    match verdict {
-        Verdict::Exited(Exit { not_started: Some(failure), .. }) => Judgement {
-            status: failure.status(),
-            error: Some(failure.error().clone()),
-            exit: None,
-            not_started: true,
-        },
-        Verdict::Exited(exit) if exit.code == 0 => done(Status::Succeeded, None, Some(exit)),
-        Verdict::Exited(exit) if exit.oom_killed => {
-            let message = format!(
-                "the function needed more than its {} bytes of memory",
-                limits.memory_bytes
-            );
-            let error = JobError::new(code::JOB_OUT_OF_MEMORY, message);
-            done(Status::OutOfMemory, Some(error), Some(exit))
-        }
-        Verdict::Exited(exit) => done(Status::Failed, None, Some(exit)),
-        Verdict::Ended(Why::Deadline, exit) => {
-            let limit = humantime::format_duration(limits.timeout);
-            let message = format!("the function did not end within {limit}");
-            done(Status::TimedOut, Some(JobError::new(code::JOB_TIMED_OUT, message)), exit)
-        }
-        Verdict::Ended(Why::Shutdown, exit) => {
-            let message = "the worker shut down before the function ended";
-            done(Status::Error, Some(JobError::new(code::JOB_STOPPED, message)), exit)
-        }
-        Verdict::Failed(failure) => done(failure.status(), Some(failure.error().clone()), None),
     }
 }
 

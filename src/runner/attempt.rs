@@ -1,0 +1,154 @@
+//! One attempt: from a run's start to its end, whoever brings that about.
+
+use std::time::{Duration, Instant};
+
+use futures::future::{BoxFuture, OptionFuture};
+
+use super::Options;
+use crate::backend::{Event, Exit, Run, Signal, Started};
+use crate::capture::{Capture, Captured};
+use crate::job::{Failure, JobError, Limits, code};
+use crate::shutdown::Shutdown;
+
+/// How long a killed function may take to be gone at the daemon's end. Shorter than the end's own
+/// patience, so that an engine that hangs does not cost the outcome.
+pub const LAST_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How an attempt ended.
+pub(super) struct Attempt {
+    pub(super) started: Option<Started>,
+    /// From the start to the end.
+    pub(super) ran: Option<Duration>,
+    pub(super) output: Captured,
+    pub(super) verdict: Verdict,
+}
+
+pub(super) enum Verdict {
+    /// The function ended by itself.
+    Exited(Exit),
+    /// The daemon ended it; with the exit, where it was seen.
+    Ended(Why, Option<Exit>),
+    /// It never began, or its end cannot be known.
+    Failed(Failure),
+}
+
+/// Why the daemon ends a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Why {
+    Deadline,
+    Shutdown,
+}
+
+impl Attempt {
+    /// One that never began.
+    pub(super) fn failed(failure: Failure) -> Self {
+        let verdict = Verdict::Failed(failure);
+        Self { started: None, ran: None, output: Captured::default(), verdict }
+    }
+}
+
+/// Starts the run and sees it to its end, whoever brings that about.
+pub(super) async fn drive(
+    run: &mut dyn Run,
+    limits: &Limits,
+    options: &Options,
+    shutdown: &Shutdown,
+) -> Attempt {
+    let mut capture = Capture::new(options.output_limit);
+    let started = tokio::select! {
+        started = run.start() => started,
+        () = shutdown.stopping.cancelled() => {
+            let message = "the worker shut down before the function began";
+            Err(Failure::Permanent(JobError::new(code::JOB_STOPPED, message)))
+        }
+    };
+    let started = match started {
+        Ok(started) => started,
+        Err(failure) => {
+            return Attempt::failed(failure);
+        }
+    };
+    let begun = Instant::now();
+    let verdict = watch(run, &mut capture, begun + limits.timeout, options, shutdown).await;
+    Attempt {
+        started: Some(started),
+        ran: Some(begun.elapsed()),
+        output: capture.finish(),
+        verdict,
+    }
+}
+
+/// Takes the output until the function ends, and ends it when it must.
+///
+/// Output is taken all the while, also while a signal is on its way: an engine that cannot
+/// get rid of output does not get to the signal either.
+async fn watch(
+    run: &mut dyn Run,
+    capture: &mut Capture,
+    deadline: Instant,
+    options: &Options,
+    shutdown: &Shutdown,
+) -> Verdict {
+    let mut ending: Option<(Why, Signal)> = None;
+    let mut hurried = false;
+    let mut alarm = tokio::time::Instant::from_std(deadline);
+    let mut signalling: OptionFuture<BoxFuture<'static, Result<(), Failure>>> = None.into();
+    loop {
+        let why = ending.map(|(why, _)| why);
+        let killed = matches!(ending, Some((_, Signal::Kill)));
+        let (why, signal) = tokio::select! {
+            event = run.next() => match (event, why) {
+                (Ok(Event::Output(stream, chunk)), _) => {
+                    capture.push(stream, &chunk);
+                    continue;
+                }
+                (Ok(Event::Exited(exit)), None) => return Verdict::Exited(exit),
+                (Ok(Event::Exited(exit)), Some(why)) => return Verdict::Ended(why, Some(exit)),
+                (Err(failure), None) => return Verdict::Failed(failure),
+                (Err(_), Some(why)) => return Verdict::Ended(why, None),
+            },
+            Some(result) = &mut signalling => {
+                signalling = None.into();
+                if let Err(error) = result {
+                    tracing::warn!(%error, "could not signal the function");
+                }
+                continue;
+            }
+            () = tokio::time::sleep_until(alarm) => match ending {
+                None => (Why::Deadline, Signal::Term),
+                Some((why, Signal::Term)) => (why, Signal::Kill),
+                // The engine does not say that it is gone. The clean-up goes on trying.
+                Some((why, Signal::Kill)) => return Verdict::Ended(why, None),
+            },
+            () = shutdown.stopping.cancelled(), if killed && !hurried => {
+                hurried = true;
+                alarm = alarm.min(tokio::time::Instant::now() + LAST_PATIENCE);
+                continue;
+            }
+            () = shutdown.forced.cancelled(), if !killed => {
+                (why.unwrap_or(Why::Shutdown), Signal::Kill)
+            }
+            () = shutdown.stopping.cancelled(), if ending.is_none() => {
+                (Why::Shutdown, Signal::Term)
+            }
+        };
+        if run.has_exited() && ending.is_none() {
+            // It ended in time, and the engine is slow to say how. Its calls have deadlines.
+            if shutdown.stopping.is_cancelled() {
+                return Verdict::Ended(why, None);
+            }
+            alarm = tokio::time::Instant::now() + options.kill_patience;
+            continue;
+        }
+        ending = Some((why, signal));
+        signalling = Some(run.signal(signal)).into();
+        let patience = match signal {
+            Signal::Term => options.stop_grace,
+            Signal::Kill if shutdown.stopping.is_cancelled() => {
+                options.kill_patience.min(LAST_PATIENCE)
+            }
+            Signal::Kill => options.kill_patience,
+        };
+        alarm = tokio::time::Instant::now() + patience;
+    }
+}
