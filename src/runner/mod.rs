@@ -19,6 +19,10 @@ use crate::retry::Backoff;
 use crate::shutdown::Shutdown;
 use crate::source::{Delivery, Kind, Message, Settle};
 
+pub use attempt::LAST_PATIENCE;
+use attempt::{Attempt, Verdict};
+use verdict::judge;
+
 /// Delays between the attempts of one job.
 const ATTEMPTS: Backoff =
     Backoff { first: Duration::from_millis(500), most: Duration::from_secs(30) };
@@ -27,10 +31,6 @@ const CLEANUPS: Backoff =
     Backoff { first: Duration::from_millis(200), most: Duration::from_secs(5) };
 /// Tries after which a container that has stopped is left to the reaper.
 const CLEANUP_TRIES: u32 = 4;
-
-pub use attempt::LAST_PATIENCE;
-use attempt::{Attempt, Verdict};
-use verdict::judge;
 
 /// What a runner needs to know.
 #[derive(Clone, Debug)]
