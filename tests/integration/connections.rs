@@ -58,8 +58,8 @@ async fn a_server_that_comes_later_is_found_and_waiting_is_said_once() {
     let mut daemon = Daemon::spawn(&Settings::new().nats(&server));
     let log = daemon.log().clone();
     let waiting = log.wait_for("it says that it waits", |event| event["level"] == "WARN").await;
-    // Many tries fail meanwhile; what the log must not do is tell each of them.
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    // What the log must not do is tell each of them.
+    server.hang_up(6).await;
     let told = log.events().iter().filter(|event| event["level"] == "WARN").count();
     assert!(told <= 2, "{told} warnings, the first: {waiting}\n{}", log.text());
     server.restart().await;

@@ -79,6 +79,15 @@ impl NatsServer {
         server
     }
 
+    /// Stands in for the absent server until it has hung up on so many tries to connect.
+    pub(crate) async fn hang_up(&self, tries: usize) {
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", self.port)).await.unwrap();
+        for _ in 0..tries {
+            let attempt = tokio::time::timeout(PATIENCE, listener.accept());
+            drop(attempt.await.expect("the client tries on").unwrap());
+        }
+    }
+
     /// Starts it, or starts it again, on the port it has.
     pub(crate) async fn restart(&mut self) {
         self.stop();
