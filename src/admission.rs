@@ -9,7 +9,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 #[derive(Clone, Debug)]
 pub struct Slots {
     semaphore: Arc<Semaphore>,
-    total: usize,
 }
 
 /// The right to run one function. Dropped when its container is gone, and not before.
@@ -22,7 +21,7 @@ impl Slots {
     /// `total` free slots.
     #[must_use]
     pub fn new(total: usize) -> Self {
-        Self { semaphore: Arc::new(Semaphore::new(total)), total }
+        Self { semaphore: Arc::new(Semaphore::new(total)) }
     }
 
     /// Waits for a slot. Cancel-safe: a dropped wait takes none.
@@ -38,17 +37,5 @@ impl Slots {
     /// Waits for a slot no longer than `patience`.
     pub async fn take_within(&self, patience: Duration) -> Option<Slot> {
         tokio::time::timeout(patience, self.take()).await.ok()
-    }
-
-    /// How many slots there are.
-    #[must_use]
-    pub fn total(&self) -> usize {
-        self.total
-    }
-
-    /// How many are free now.
-    #[must_use]
-    pub fn free(&self) -> usize {
-        self.semaphore.available_permits()
     }
 }

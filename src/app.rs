@@ -21,7 +21,7 @@ use crate::runner::{self, Runner};
 use crate::shutdown::{Shutdown, Signals};
 use crate::source::buffer::Limits;
 use crate::source::core::{CoreSource, Once, received};
-use crate::source::{Delivery, Kind, Message, Source};
+use crate::source::{Delivery, Message, Source};
 
 /// Beyond the stopped functions' own grace and what they print: time to remove and to flush.
 const LAST_RITES: Duration = Duration::from_secs(10);
@@ -285,7 +285,7 @@ impl Daemon {
         let mut count = 0;
         while let Some(Some(message)) = self.unless_draining(requests.next()).await {
             count += 1;
-            let message = received(message, Kind::Run);
+            let message = received(message);
             if *engine.borrow() == Health::Down {
                 let error = JobError::new(
                     code::ENGINE_UNAVAILABLE,
@@ -294,12 +294,10 @@ impl Daemon {
                 self.refuse(message, error);
                 continue;
             }
-            let busy = || runner::busy(message.kind, self.run_slot_timeout);
             let weight = u32::try_from((message.size + RUN_OVERHEAD) >> 10).unwrap_or(u32::MAX);
             let weight = weight.min(places);
             let Ok(place) = waiting.clone().try_acquire_many_owned(weight) else {
-                let error = busy();
-                self.refuse(message, error);
+                self.refuse(message, busy(self.run_slot_timeout));
                 continue;
             };
             let daemon = self.clone();
@@ -313,8 +311,7 @@ impl Daemon {
                         daemon.runner.handle(delivery, slot).await;
                     }
                     Some(None) => {
-                        let error = runner::busy(message.kind, patience);
-                        daemon.runner.refuse(message, error).await;
+                        daemon.runner.refuse(message, busy(patience)).await;
                     }
                     None => daemon.runner.refuse(message, shutting_down()).await,
                 }
@@ -322,7 +319,7 @@ impl Daemon {
         }
         // What came in before the end of the subscription is answered, too.
         for message in self.connection.unsubscribe(&mut requests, count).await {
-            self.refuse(received(message, Kind::Run), shutting_down());
+            self.refuse(received(message), shutting_down());
         }
     }
 
@@ -382,6 +379,11 @@ fn silence_after(shutdown: &Shutdown, patience: Duration) {
         tokio::time::sleep(patience).await;
         silent.cancel();
     });
+}
+
+fn busy(patience: Duration) -> JobError {
+    let patience = humantime::format_duration(patience);
+    JobError::new(code::BUSY, format!("no slot came free within {patience}; try again later"))
 }
 
 fn shutting_down() -> JobError {

@@ -13,6 +13,7 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Delays between looks at an engine that is away.
 const ENGINE_RETRY: Backoff =
     Backoff { first: Duration::from_millis(250), most: Duration::from_secs(5) };
+
 /// What is known of the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Health {

@@ -133,12 +133,7 @@ async fn watch(
             }
         };
         if run.has_exited() && ending.is_none() {
-            // It ended in time, and the engine is slow to say how. Its calls have deadlines.
-            if shutdown.stopping.is_cancelled() {
-                return Verdict::Ended(why, None);
-            }
-            alarm = tokio::time::Instant::now() + options.kill_patience;
-            continue;
+            return explained(run, capture, options, shutdown).await;
         }
         ending = Some((why, signal));
         signalling = Some(run.signal(signal)).into();
@@ -150,5 +145,38 @@ async fn watch(
             Signal::Kill => options.kill_patience,
         };
         alarm = tokio::time::Instant::now() + patience;
+    }
+}
+
+/// The rest of a run whose function has ended by itself: neither its deadline nor the daemon's end
+/// makes its result another one. Only an engine that does not say how it ended can.
+async fn explained(
+    run: &mut dyn Run,
+    capture: &mut Capture,
+    options: &Options,
+    shutdown: &Shutdown,
+) -> Verdict {
+    let rest = async {
+        loop {
+            match run.next().await {
+                Ok(Event::Output(stream, chunk)) => capture.push(stream, &chunk),
+                Ok(Event::Exited(exit)) => return Verdict::Exited(exit),
+                Err(failure) => return Verdict::Failed(failure),
+            }
+        }
+    };
+    let end_of_patience = async {
+        tokio::select! {
+            () = tokio::time::sleep(options.kill_patience) => {}
+            () = shutdown.stopping.cancelled() => tokio::time::sleep(LAST_PATIENCE).await,
+        }
+    };
+    tokio::select! {
+        biased;
+        verdict = rest => verdict,
+        () = end_of_patience => {
+            let message = "the function ended and the engine did not say how";
+            Verdict::Failed(Failure::Transient(JobError::new(code::ENGINE_TIMEOUT, message)))
+        }
     }
 }

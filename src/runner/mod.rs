@@ -17,7 +17,7 @@ use crate::protocol::{Request, Subjects, request};
 use crate::publish::{Publisher, Route};
 use crate::retry::Backoff;
 use crate::shutdown::Shutdown;
-use crate::source::{Delivery, Kind, Message, Settle};
+use crate::source::{Delivery, Message, Settle};
 
 pub use attempt::LAST_PATIENCE;
 use attempt::{Attempt, Verdict};
@@ -283,10 +283,10 @@ impl Runner {
             id,
             image,
             status: judged.status,
-            exit_code: judged.exit.as_ref().filter(|_| ran_at_all).map(|exit| exit.code),
+            exit_code: judged.exit.as_ref().map(|exit| exit.code),
             error: judged.error,
             output: if ran_at_all { output } else { Captured::default() },
-            oom_killed: judged.exit.filter(|_| ran_at_all).map(|exit| exit.oom_killed),
+            oom_killed: judged.exit.map(|exit| exit.oom_killed),
             attempt: message.attempt,
             worker: self.options.worker.clone(),
             start: started.map(|s| s.kind),
@@ -330,12 +330,4 @@ async fn settle_done(settle: Option<Box<dyn Settle>>) {
 fn is_suspicious(failure: &Failure) -> bool {
     [code::ENGINE_UNAVAILABLE, code::ENGINE_TIMEOUT, code::ENGINE_ERROR]
         .contains(&failure.error().code.as_ref())
-}
-
-/// Why a `run` request is not run.
-#[must_use]
-pub fn busy(kind: Kind, patience: Duration) -> JobError {
-    debug_assert_eq!(kind, Kind::Run);
-    let patience = humantime::format_duration(patience);
-    JobError::new(code::BUSY, format!("no slot came free within {patience}; try again later"))
 }

@@ -187,7 +187,6 @@ fn size(message: &Message) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::Kind;
     use bytes::Bytes;
     use futures::FutureExt;
     use std::time::SystemTime;
@@ -198,7 +197,6 @@ mod tests {
             id: crate::job::JobId::new(),
             size: payload.len(),
             reply: None,
-            kind: Kind::Execute,
             received_at: SystemTime::now(),
             received: std::time::Instant::now(),
             attempt: 1,

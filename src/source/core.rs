@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::buffer::{Buffer, Limits};
-use super::{Closed, Delivery, Kind, Message, Settle, Source};
+use super::{Closed, Delivery, Message, Settle, Source};
 use crate::job::JobId;
 use crate::nats::Connection;
 use crate::protocol::headers::NATS_MSG_ID;
@@ -100,7 +100,7 @@ impl Intake {
                 message = subscriber.next() => match message {
                     Some(message) => {
                         count += 1;
-                        self.take(received(message, Kind::Execute));
+                        self.take(received(message));
                     }
                     None => return,
                 },
@@ -108,7 +108,7 @@ impl Intake {
             }
         }
         for message in self.connection.clone().unsubscribe(&mut subscriber, count).await {
-            self.take(received(message, Kind::Execute));
+            self.take(received(message));
         }
     }
 
@@ -166,7 +166,7 @@ impl Overflow {
 }
 
 /// A message of the client library as one of ours.
-pub fn received(message: async_nats::Message, kind: Kind) -> Message {
+pub fn received(message: async_nats::Message) -> Message {
     let message_id = message.headers.as_ref().and_then(|headers| headers.get(NATS_MSG_ID));
     let id = message_id.map_or_else(JobId::new, |id| JobId::from_message_id(id.as_str()));
     Message {
@@ -174,7 +174,6 @@ pub fn received(message: async_nats::Message, kind: Kind) -> Message {
         id,
         size: message.length,
         reply: message.reply.map(|reply| reply.to_string()),
-        kind,
         received_at: SystemTime::now(),
         received: Instant::now(),
         attempt: 1,

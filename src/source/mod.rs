@@ -23,23 +23,12 @@ pub struct Message {
     pub size: usize,
     /// Where an answer is waited for.
     pub reply: Option<String>,
-    /// Whether the sender waits for nothing but the answer.
-    pub kind: Kind,
     /// When it arrived, for people.
     pub received_at: SystemTime,
     /// When it arrived, for measuring.
     pub received: Instant,
     /// Which attempt this is, from 1.
     pub attempt: u32,
-}
-
-/// What a sender expects.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// To be run when there is a slot.
-    Execute,
-    /// To be run soon, or be told at once that it cannot be.
-    Run,
 }
 
 /// A request, with the duty to settle it.
