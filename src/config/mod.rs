@@ -183,6 +183,8 @@ pub struct Policy {
     pub allowed_networks: Vec<String>,
     /// `REPLY_PREFIXES`: what `reply_to` may begin with, beside `_INBOX.`.
     pub reply_prefixes: Vec<String>,
+    /// `MAX_DELIVER`: how many attempts a request may ask for.
+    pub max_attempts: u32,
 }
 
 /// When to pull an image.
@@ -384,6 +386,7 @@ impl Config {
             config_dir: docker_dir,
         };
 
+        let max_attempts = p.number("MAX_DELIVER", raw.max_deliver, 1..=1_000);
         let policy = Policy {
             default_timeout: p.nonzero_duration("DEFAULT_TIMEOUT", raw.default_timeout),
             max_timeout: p.nonzero_duration("MAX_TIMEOUT", raw.max_timeout),
@@ -393,6 +396,7 @@ impl Config {
             network: p.network("CONTAINER_NETWORK", raw.container_network),
             allowed_networks: p.networks("ALLOWED_NETWORKS", raw.allowed_networks),
             reply_prefixes: p.reply_prefixes("REPLY_PREFIXES", raw.reply_prefixes),
+            max_attempts,
         };
         if policy.default_timeout > policy.max_timeout {
             p.say("DEFAULT_TIMEOUT", "must not be longer than MAX_TIMEOUT");
@@ -452,7 +456,7 @@ impl Config {
             ),
             streams,
             max_containers: p.number("MAX_CONTAINERS", raw.max_containers, 1..=10_000),
-            max_attempts: p.number("MAX_DELIVER", raw.max_deliver, 1..=1_000),
+            max_attempts,
             buffer_messages: p.number("BUFFER_MESSAGES", raw.buffer_messages, 1..=10_000_000),
             buffer_bytes: p.size("BUFFER_BYTES", raw.buffer_bytes, 64 << 10),
             run_slot_timeout: p.duration("RUN_SLOT_TIMEOUT", raw.run_slot_timeout),

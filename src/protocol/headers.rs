@@ -1,6 +1,6 @@
 //! The headers of a message on the results subject.
 
-use crate::job::{JobId, Outcome};
+use crate::job::{JobId, ObjectRef, Outcome};
 
 /// The job's id.
 pub const JOB_ID: &str = "Job-Id";
@@ -18,6 +18,10 @@ pub const JOB_ATTEMPT: &str = "Job-Attempt";
 pub const JOB_DURATION_MS: &str = "Job-Duration-Ms";
 /// `true` where bytes of the output are missing from the body, else `false`.
 pub const JOB_OUTPUT_TRUNCATED: &str = "Job-Output-Truncated";
+/// `bucket/name` of the object that holds standard output, where it did not fit.
+pub const JOB_STDOUT_OBJECT: &str = "Job-Stdout-Object";
+/// `bucket/name` of the object that holds standard error, where it did not fit.
+pub const JOB_STDERR_OBJECT: &str = "Job-Stderr-Object";
 /// What NATS deduplicates by: the job's id.
 pub const NATS_MSG_ID: &str = "Nats-Msg-Id";
 
@@ -38,6 +42,9 @@ pub fn of(outcome: &Outcome, truncated: bool) -> Vec<(&'static str, String)> {
     optional(JOB_IMAGE, outcome.image.clone());
     optional(JOB_ERROR, outcome.error.as_ref().map(|e| e.code.to_string()));
     optional(JOB_DURATION_MS, outcome.timings.total.map(|d| d.as_millis().to_string()));
+    let object = |object: &ObjectRef| format!("{}/{}", object.bucket, object.name);
+    optional(JOB_STDOUT_OBJECT, outcome.objects.stdout.as_ref().map(object));
+    optional(JOB_STDERR_OBJECT, outcome.objects.stderr.as_ref().map(object));
     headers
 }
 

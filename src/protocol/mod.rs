@@ -6,6 +6,7 @@ pub mod headers;
 pub mod outcome;
 pub mod request;
 pub mod subjects;
+pub mod time;
 
 pub use request::{Refusal, Request};
 pub use subjects::Subjects;

@@ -12,7 +12,9 @@ use crate::admission::Slot;
 use crate::backend::{Backend, Run};
 use crate::capture::Captured;
 use crate::config::Policy;
-use crate::job::{Failure, Job, JobError, JobId, Limits, Outcome, Status, Timings, Usage, code};
+use crate::job::{
+    Failure, Job, JobError, JobId, Limits, Objects, Outcome, Status, Timings, Usage, code,
+};
 use crate::protocol::{Request, Subjects, request};
 use crate::publish::{Publisher, Route};
 use crate::retry::Backoff;
@@ -286,6 +288,8 @@ impl Runner {
             exit_code: judged.exit.as_ref().map(|exit| exit.code),
             error: judged.error,
             output: if ran_at_all { output } else { Captured::default() },
+            objects: Objects::default(),
+            live_logs_dropped: 0,
             oom_killed: judged.exit.map(|exit| exit.oom_killed),
             attempt: message.attempt,
             worker: self.options.worker.clone(),
