@@ -40,3 +40,4 @@ pub mod retry;
 pub mod runner;
 pub mod shutdown;
 pub mod source;
+pub mod topology;

@@ -127,6 +127,14 @@ impl Connection {
         self.client.statistics().connects.load(Ordering::Relaxed)
     }
 
+    /// Waits until this is no longer connection number `epoch`, or no connection at all. Cancel-safe.
+    pub async fn broken(&self, epoch: u64) {
+        let mut connected = self.connected.clone();
+        while self.epoch() == epoch && self.client.connection_state() == State::Connected {
+            let _ = tokio::time::timeout(STATE_CHECK, connected.changed()).await;
+        }
+    }
+
     /// Whether the server has taken everything that was published since [`Connection::epoch`] was
     /// `epoch`; otherwise the connection broke, and nobody knows.
     ///

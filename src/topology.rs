@@ -4,6 +4,7 @@
 //! an operator who set a limit by hand finds it as it was, and a daemon that wants another one says
 //! so and does not start.
 
+use std::fmt::{self, Display};
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy, pull};
@@ -93,8 +94,8 @@ struct Field {
     option: &'static str,
 }
 
-impl std::fmt::Debug for Field {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Field {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name)
     }
 }
@@ -214,10 +215,7 @@ impl Topology {
             ..base(&names.dead_letters, "what could not be run")
         };
         let advisories = stream::Config {
-            subjects: vec![format!(
-                "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{}.>",
-                names.queue
-            )],
+            subjects: vec![format!("$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{}.>", names.queue)],
             retention: RetentionPolicy::WorkQueue,
             ..base(&names.advisories, "requests that were delivered for the last time")
         };
@@ -274,10 +272,8 @@ impl Topology {
                 (names.queue.clone(), pull::Config { max_deliver, ..config })
             })
             .collect();
-        consumers.push((
-            names.advisories.clone(),
-            consumer(names.advisory_consumer(), String::new()),
-        ));
+        consumers
+            .push((names.advisories.clone(), consumer(names.advisory_consumer(), String::new())));
         Self { names, streams, consumers }
     }
 
@@ -309,7 +305,9 @@ async fn account(jetstream: &Context) -> Result<(), SetupError> {
     let Err(error) = jetstream.query_account().await else { return Ok(()) };
     Err(match error.kind() {
         AccountErrorKind::JetStreamUnavailable => SetupError::Absent("nobody answers".to_owned()),
-        AccountErrorKind::JetStream(e) => refused("query the account", &e),
+        AccountErrorKind::JetStream(e) => {
+            refused("query the account", e.code(), e.error_code(), &e)
+        }
         AccountErrorKind::TimedOut | AccountErrorKind::Other => {
             SetupError::Unavailable(error.to_string())
         }
@@ -317,13 +315,13 @@ async fn account(jetstream: &Context) -> Result<(), SetupError> {
 }
 
 /// The server's answer to a request it would not fulfil.
-fn refused(what: &str, error: &jetstream::errors::Error) -> SetupError {
-    match error.error_code() {
+fn refused(what: &str, status: usize, code: ErrorCode, error: &dyn Display) -> SetupError {
+    match code {
         ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT => {
             SetupError::Absent(error.to_string())
         }
         // 503: a cluster without a leader, a server that is about to stop.
-        _ if error.code() == 503 && error.error_code() != ErrorCode::INSUFFICIENT_RESOURCES => {
+        _ if status == 503 && code != ErrorCode::INSUFFICIENT_RESOURCES => {
             SetupError::Unavailable(format!("cannot {what}: {error}"))
         }
         _ => SetupError::Unfit(format!("JetStream does not {what}: {error}")),
@@ -342,7 +340,12 @@ async fn ensure_stream(
                 GetStreamErrorKind::JetStream(e)
                     if e.error_code() == ErrorCode::STREAM_NOT_FOUND => {}
                 GetStreamErrorKind::JetStream(e) => {
-                    return Err(refused(&format!("show the stream {}", wanted.name), &e));
+                    return Err(refused(
+                        &format!("show the stream {}", wanted.name),
+                        e.code(),
+                        e.error_code(),
+                        &e,
+                    ));
                 }
                 _ => return Err(SetupError::Unavailable(error.to_string())),
             },
@@ -361,7 +364,7 @@ async fn ensure_stream(
                         "create the stream {} (max_bytes {}, replicas {})",
                         wanted.name, wanted.max_bytes, wanted.num_replicas
                     );
-                    return Err(refused(&what, &e));
+                    return Err(refused(&what, e.code(), e.error_code(), &e));
                 }
                 _ => return Err(SetupError::Unavailable(error.to_string())),
             },
@@ -386,7 +389,12 @@ async fn ensure_consumer(
         Ok(jetstream::response::Response::Err { error })
             if error.error_code() == ErrorCode::CONSUMER_NOT_FOUND => {}
         Ok(jetstream::response::Response::Err { error }) => {
-            return Err(refused(&format!("show the consumer {name} of {stream}"), &error));
+            return Err(refused(
+                &format!("show the consumer {name} of {stream}"),
+                error.code(),
+                error.error_code(),
+                &error,
+            ));
         }
         Err(error) if error.kind() == RequestErrorKind::NoResponders => {
             return Err(SetupError::Absent(error.to_string()));
@@ -403,9 +411,12 @@ async fn ensure_consumer(
                     "the stream {stream} has a consumer of another name than {name} already: instances on one SUBJECT_PREFIX share one QUEUE_GROUP; set it to that name, or delete the other consumer"
                 ))
             }
-            jetstream::stream::ConsumerErrorKind::JetStream(e) => {
-                refused(&format!("create the consumer {name} of {stream}"), &e)
-            }
+            jetstream::stream::ConsumerErrorKind::JetStream(e) => refused(
+                &format!("create the consumer {name} of {stream}"),
+                e.code(),
+                e.error_code(),
+                &e,
+            ),
             _ => SetupError::Unavailable(error.to_string()),
         }),
     }
@@ -427,7 +438,11 @@ fn differences(found: &stream::Config, wanted: &stream::Config, fields: &[Field]
         };
         let by_edit = match *option {
             "" => "delete the stream, or use another SUBJECT_PREFIX".to_owned(),
-            option => format!("run: nats stream edit {stream} {option}={should}"),
+            option => {
+                let none = if DURATIONS.contains(name) { "0s" } else { "-1" };
+                let value = if should == "none" { none } else { &should };
+                format!("run: nats stream edit {stream} {option}={value}")
+            }
         };
         faults.push(format!(
             "stream {stream}: {name} is {is} and should be {should}: {by_setting}{by_edit}"
@@ -475,11 +490,13 @@ fn json(config: &impl Serialize) -> Value {
     serde_json::to_value(config).unwrap_or_default()
 }
 
+/// The fields that hold nanoseconds.
+const DURATIONS: [&str; 3] = ["max_age", "duplicate_window", "ack_wait"];
+
 /// A field's value as an operator would write it. Absent, zero and minus one are all "none".
 fn shown(name: &str, value: &Value) -> String {
-    let durations = ["max_age", "duplicate_window", "ack_wait"];
     match value {
-        Value::Number(n) if durations.contains(&name) => match n.as_u64() {
+        Value::Number(n) if DURATIONS.contains(&name) => match n.as_u64() {
             None | Some(0) => "none".to_owned(),
             Some(nanos) => {
                 humantime::format_duration(Duration::from_nanos(nanos)).to_string().replace(' ', "")
@@ -545,7 +562,7 @@ mod tests {
             [
                 "stream functions_queue: retention is limits and should be workqueue: delete the stream, or use another SUBJECT_PREFIX",
                 "stream functions_queue: max_msgs is 7 and should be 10: set QUEUE_MAX_MESSAGES to match, or run: nats stream edit functions_queue --max-msgs=10",
-                "stream functions_queue: max_age is 1h30m and should be none: run: nats stream edit functions_queue --max-age=none",
+                "stream functions_queue: max_age is 1h30m and should be none: run: nats stream edit functions_queue --max-age=0s",
             ]
         );
     }
