@@ -391,6 +391,21 @@ impl StartKind {
     }
 }
 
+/// How far the pull of an image is.
+///
+/// The totals grow while the engine finds out what there is to pull.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct PullProgress {
+    /// The layers known so far.
+    pub layers: u64,
+    /// Those of them that are there.
+    pub layers_done: u64,
+    /// The bytes to be fetched, as far as they are known.
+    pub bytes: u64,
+    /// Those of them that were fetched.
+    pub bytes_done: u64,
+}
+
 /// How long each stage took. Absent: the stage was not reached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timings {

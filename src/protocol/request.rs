@@ -23,7 +23,7 @@ const MAX_QUOTE: usize = 64;
 const MAX_FAULTS: usize = 8;
 
 /// A caller's value as an error shows it.
-fn quote(value: &str) -> String {
+pub(super) fn quote(value: &str) -> String {
     format!("{:?}", printable(value, MAX_QUOTE))
 }
 
@@ -214,7 +214,7 @@ pub fn decode(
 /// The least memory an engine takes: runc refuses to start a container with less than 6 MiB.
 const MIN_MEMORY_BYTES: u64 = 6 << 20;
 
-fn parse(payload: &[u8]) -> Result<Object, JobError> {
+pub(super) fn parse(payload: &[u8]) -> Result<Object, JobError> {
     serde_json::from_slice(payload).map_err(|e| {
         JobError::new(code::INVALID_JSON, format!("the request is no JSON object: {e}"))
     })
@@ -223,9 +223,9 @@ fn parse(payload: &[u8]) -> Result<Object, JobError> {
 /// A JSON object, and which of its names came twice. Parsers disagree on what that means, so that
 /// a gateway in front of this one may have checked another value.
 #[derive(Default)]
-struct Object {
-    fields: Map<String, Value>,
-    twice: Vec<String>,
+pub(super) struct Object {
+    pub(super) fields: Map<String, Value>,
+    pub(super) twice: Vec<String>,
 }
 
 impl<'de> Deserialize<'de> for Object {
@@ -300,7 +300,7 @@ impl Fields {
     }
 }
 
-fn kind(value: &Value) -> &'static str {
+pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
