@@ -55,11 +55,13 @@ fn deduplication_id(id: &JobId) -> String {
 
 /// The bytes these headers take in a message: NATS' own framing, as its client protocol says.
 #[must_use]
-pub fn encoded_length(headers: &[(&'static str, String)]) -> usize {
-    let lines: usize = headers.iter().map(|(name, value)| name.len() + value.len() + 4).sum();
+pub fn encoded_length<N: AsRef<str>, V: AsRef<str>>(headers: &[(N, V)]) -> usize {
+    let line = |(name, value): &(N, V)| name.as_ref().len() + value.as_ref().len() + 4;
+    let lines: usize = headers.iter().map(line).sum();
     "NATS/1.0\r\n".len() + lines + "\r\n".len()
 }
 
-fn one_line(value: &str) -> String {
+/// `value` without anything that could end a header's line.
+pub(super) fn one_line(value: &str) -> String {
     value.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }

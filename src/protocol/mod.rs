@@ -3,6 +3,7 @@
 //! Pure functions from bytes to the shared vocabulary and back; no connection, no engine.
 
 pub mod cancel;
+pub mod dead_letter;
 pub mod headers;
 pub mod outcome;
 pub mod record;

@@ -157,7 +157,7 @@ fn extra_json_bytes(c: char) -> usize {
 }
 
 /// The longest prefix of `text` whose characters, each with its extra bytes, take at most `room`.
-fn prefix_within(text: &str, room: usize, extra: impl Fn(char) -> usize) -> &str {
+pub(super) fn prefix_within(text: &str, room: usize, extra: impl Fn(char) -> usize) -> &str {
     let mut used = 0;
     for (at, c) in text.char_indices() {
         used += c.len_utf8() + extra(c);
