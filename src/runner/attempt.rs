@@ -55,8 +55,9 @@ pub(super) async fn drive(
     shutdown: &Shutdown,
 ) -> Attempt {
     let mut capture = Capture::new(options.output_limit);
+    let (progress, _) = tokio::sync::watch::channel(None);
     let started = tokio::select! {
-        started = run.start() => started,
+        started = run.start(&progress) => started,
         () = shutdown.stopping.cancelled() => {
             let message = "the worker shut down before the function began";
             Err(Failure::Permanent(JobError::new(code::JOB_STOPPED, message)))
