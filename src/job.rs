@@ -191,6 +191,13 @@ impl Priority {
     /// Every priority, the highest first.
     pub const ALL: [Self; 3] = [Self::High, Self::Normal, Self::Low];
 
+    /// Whether jobs of this priority go before those of the other one.
+    #[must_use]
+    pub fn is_before(self, other: Self) -> bool {
+        let rank = |priority| Self::ALL.iter().position(|p| *p == priority);
+        rank(self) < rank(other)
+    }
+
     /// The name on the wire.
     #[must_use]
     pub fn as_str(self) -> &'static str {

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 use futures::future::{BoxFuture, OptionFuture};
 
 use super::Options;
-use crate::backend::{Event, Exit, Run, Signal, Started};
+use crate::backend::{Event, Exit, Progress, Run, Signal, Started};
 use crate::capture::{Capture, Captured};
 use crate::job::{Failure, JobError, Limits, code};
 use crate::shutdown::Shutdown;
+use tokio_util::sync::CancellationToken;
 
 /// How long a killed function may take to be gone at the daemon's end. Shorter than the end's own
 /// patience, so that an engine that hangs does not cost the outcome.
@@ -23,6 +24,7 @@ pub(super) struct Attempt {
     pub(super) verdict: Verdict,
 }
 
+#[derive(Clone)]
 pub(super) enum Verdict {
     /// The function ended by itself.
     Exited(Exit),
@@ -37,6 +39,19 @@ pub(super) enum Verdict {
 pub(super) enum Why {
     Deadline,
     Shutdown,
+    /// Somebody asked for it.
+    Cancelled,
+    /// Another worker has taken the job over: whatever comes of this run counts for nothing.
+    Fenced,
+}
+
+/// What may come from outside while a run is under way.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Orders {
+    /// End the function: the job is cancelled.
+    pub(super) cancelled: CancellationToken,
+    /// End the function at once: the job is another worker's.
+    pub(super) fenced: CancellationToken,
 }
 
 impl Attempt {
@@ -47,21 +62,36 @@ impl Attempt {
     }
 }
 
+/// What a run is driven by.
+pub(super) struct Surroundings<'a> {
+    pub(super) limits: &'a Limits,
+    pub(super) options: &'a Options,
+    pub(super) shutdown: &'a Shutdown,
+    pub(super) orders: &'a Orders,
+    /// How far the pull of the image is.
+    pub(super) progress: &'a Progress,
+    /// Bytes kept of each output stream.
+    pub(super) keep: usize,
+}
+
 /// Starts the run and sees it to its end, whoever brings that about.
-pub(super) async fn drive(
-    run: &mut dyn Run,
-    limits: &Limits,
-    options: &Options,
-    shutdown: &Shutdown,
-) -> Attempt {
-    let mut capture = Capture::new(options.output_limit);
-    let (progress, _) = tokio::sync::watch::channel(None);
+pub(super) async fn drive(run: &mut dyn Run, around: &Surroundings<'_>) -> Attempt {
+    let mut capture = Capture::new(around.keep);
+    let ended = |why| Attempt {
+        started: None,
+        ran: None,
+        output: Captured::default(),
+        verdict: Verdict::Ended(why, None),
+    };
     let started = tokio::select! {
-        started = run.start(&progress) => started,
-        () = shutdown.stopping.cancelled() => {
+        biased;
+        () = around.orders.fenced.cancelled() => return ended(Why::Fenced),
+        () = around.orders.cancelled.cancelled() => return ended(Why::Cancelled),
+        () = around.shutdown.stopping.cancelled() => {
             let message = "the worker shut down before the function began";
             Err(Failure::Permanent(JobError::new(code::JOB_STOPPED, message)))
         }
+        started = run.start(around.progress) => started,
     };
     let started = match started {
         Ok(started) => started,
@@ -70,7 +100,7 @@ pub(super) async fn drive(
         }
     };
     let begun = Instant::now();
-    let verdict = watch(run, &mut capture, begun + limits.timeout, options, shutdown).await;
+    let verdict = watch(run, &mut capture, begun + around.limits.timeout, around).await;
     Attempt {
         started: Some(started),
         ran: Some(begun.elapsed()),
@@ -87,9 +117,9 @@ async fn watch(
     run: &mut dyn Run,
     capture: &mut Capture,
     deadline: Instant,
-    options: &Options,
-    shutdown: &Shutdown,
+    around: &Surroundings<'_>,
 ) -> Verdict {
+    let Surroundings { options, shutdown, orders, .. } = *around;
     let mut ending: Option<(Why, Signal)> = None;
     let mut hurried = false;
     let mut alarm = tokio::time::Instant::from_std(deadline);
@@ -131,6 +161,12 @@ async fn watch(
             }
             () = shutdown.stopping.cancelled(), if ending.is_none() => {
                 (Why::Shutdown, Signal::Term)
+            }
+            () = orders.fenced.cancelled(), if why != Some(Why::Fenced) => {
+                (Why::Fenced, Signal::Kill)
+            }
+            () = orders.cancelled.cancelled(), if ending.is_none() => {
+                (Why::Cancelled, Signal::Term)
             }
         };
         if run.has_exited() && ending.is_none() {

@@ -12,6 +12,7 @@ use async_nats::jetstream::consumer::{Consumer, pull};
 use async_nats::jetstream::message::Acker;
 use async_nats::jetstream::{self, AckKind, Context};
 use async_trait::async_trait;
+use bytes::Bytes;
 use futures::future::FutureExt;
 use futures::{StreamExt, future};
 use tokio::time::timeout;
@@ -210,32 +211,18 @@ impl JetStreamSource {
         let (sequence, published) = (info.stream_sequence, info.published);
         let delivered = u32::try_from(info.delivered).unwrap_or(u32::MAX);
         let (message, acker) = message.split();
-        let headers = message.headers.unwrap_or_default();
-        let mut received_at = SystemTime::from(published);
-        if let Some(moved_at) = header(&headers, MOVED_AT).and_then(|ms| ms.parse().ok()) {
-            received_at = SystemTime::UNIX_EPOCH + Duration::from_millis(moved_at);
-        }
-        let created = self.bound.map_or(0, |bound| bound.created);
-        let id = header(&headers, MOVED_ID).or_else(|| header(&headers, NATS_MSG_ID)).map_or_else(
-            || JobId::from_message_id(&format!("{created:x}-{sequence}")),
-            JobId::from_message_id,
-        );
-        let waited = received_at.elapsed().unwrap_or_default();
-        let too_old = received_at.checked_add(self.options.max_age);
-        let message = Message {
-            payload: message.payload,
-            expires_at: expiry(&headers, received_at).into_iter().chain(too_old).min(),
-            headers,
+        let mut message = recovered(Stored {
             subject: message.subject.to_string(),
-            id,
-            size: message.length,
-            reply: None,
-            received_at,
-            received: Instant::now().checked_sub(waited).unwrap_or_else(Instant::now),
-            attempt: delivered,
-            sequence: Some(sequence),
-            priority: Some(self.levels[at].priority),
-        };
+            headers: message.headers.unwrap_or_default(),
+            payload: message.payload,
+            sequence,
+            stored_at: published.into(),
+            created: self.bound.map_or(0, |bound| bound.created),
+            deliveries: delivered,
+        });
+        let too_old = message.received_at.checked_add(self.options.max_age);
+        message.expires_at = message.expires_at.into_iter().chain(too_old).min();
+        message.priority = Some(self.levels[at].priority);
         let lease = Lease::begin(self.options.ack_wait);
         let acker = Arc::new(acker);
         let keep_alive = AbortOnDropHandle::new(tokio::spawn(keep(acker.clone(), lease.clone())));
@@ -330,6 +317,54 @@ impl Level {
         let overdue = tokio::time::Instant::now() + patience;
         self.pull = Some(Pull { batch, waits: wait, overdue });
         Ok(())
+    }
+}
+
+/// A request as the stream keeps it.
+pub struct Stored {
+    /// Where it was published.
+    pub subject: String,
+    /// Its headers.
+    pub headers: HeaderMap,
+    /// Its body.
+    pub payload: Bytes,
+    /// Its place in the stream.
+    pub sequence: u64,
+    /// When it was stored.
+    pub stored_at: SystemTime,
+    /// When the stream was made, in nanoseconds since 1970.
+    pub created: i128,
+    /// How often it was delivered.
+    pub deliveries: u32,
+}
+
+/// A request from the stream as one of ours. The same from wherever it is read.
+#[must_use]
+pub fn recovered(stored: Stored) -> Message {
+    let Stored { subject, headers, payload, sequence, stored_at, created, deliveries } = stored;
+    let moved_at = header(&headers, MOVED_AT).and_then(|ms| ms.parse().ok());
+    let received_at = moved_at
+        .and_then(|ms| SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ms)))
+        .unwrap_or(stored_at);
+    let id = header(&headers, MOVED_ID).or_else(|| header(&headers, NATS_MSG_ID)).map_or_else(
+        || JobId::from_message_id(&format!("{created:x}-{sequence}")),
+        JobId::from_message_id,
+    );
+    // Clocks differ: what was stored in the future has not waited.
+    let waited = received_at.elapsed().unwrap_or_default();
+    Message {
+        size: payload.len(),
+        payload,
+        expires_at: expiry(&headers, received_at),
+        headers,
+        subject,
+        id,
+        reply: None,
+        received_at,
+        received: Instant::now().checked_sub(waited).unwrap_or_else(Instant::now),
+        attempt: deliveries,
+        sequence: Some(sequence),
+        priority: None,
     }
 }
 
