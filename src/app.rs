@@ -329,6 +329,8 @@ fn runner_options(config: &Config, worker: &str) -> runner::Options {
         subjects: config.subjects.clone(),
         max_attempts: config.max_attempts,
         output_limit: config.output_limit,
+        live_logs: config.live_logs,
+        live_logs_buffer: config.live_logs_buffer,
         stop_grace: config.stop_grace,
         kill_patience: config.engine_timeout,
         publish_timeout: config.publish_timeout,

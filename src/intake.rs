@@ -167,18 +167,21 @@ impl Intake {
 
     /// Follows what `cancel` asks for.
     pub async fn cancel(self, requests: Subscriber) {
-        let follow = requests.for_each_concurrent(CANCELLATIONS, |message| async {
-            let reply = match cancel::decode(&message.payload) {
-                Err(error) => cancel::refusal(&error),
-                Ok(id) => cancel::answer(&id, &self.cancel_job(&id).await),
-            };
-            if let Some(to) = message.reply
-                && let Err(error) = self.connection.client.publish(to, reply).await
-            {
-                tracing::warn!(%error, "could not answer a cancellation");
-            }
-        });
-        follow.await;
+        requests
+            .for_each_concurrent(CANCELLATIONS, |message| self.answer_cancellation(message))
+            .await;
+    }
+
+    async fn answer_cancellation(&self, message: async_nats::Message) {
+        let reply = match cancel::decode(&message.payload) {
+            Err(error) => cancel::refusal(&error),
+            Ok(id) => cancel::answer(&id, &self.cancel_job(&id).await),
+        };
+        if let Some(to) = message.reply
+            && let Err(error) = self.connection.client.publish(to, reply).await
+        {
+            tracing::warn!(%error, "could not answer a cancellation");
+        }
     }
 
     /// Cancels a job, wherever it is. Every instance is asked; the one that runs it answers first.

@@ -3,17 +3,20 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use async_nats::HeaderMap;
 use async_nats::jetstream::Context;
 use async_nats::jetstream::context::PublishErrorKind;
+use async_nats::{HeaderMap, Subject};
 use bytes::Bytes;
+use futures::FutureExt;
 use tokio_util::sync::CancellationToken;
 
+use crate::capture::Stream;
 use crate::job::{JobError, JobId, Outcome};
+use crate::live::{Chunk, End, LiveLog};
 use crate::nats::Connection;
 use crate::protocol::dead_letter::{DeadLetter, Undelivered, dead_letter};
 use crate::protocol::record::Record;
-use crate::protocol::{Subjects, outcome};
+use crate::protocol::{Subjects, headers, outcome};
 use crate::retry::Backoff;
 use crate::source::Message;
 use crate::topology::Topology;
@@ -37,6 +40,8 @@ struct Streams {
 const TROUBLE: Backoff =
     Backoff { first: Duration::from_millis(250), most: Duration::from_secs(10) };
 
+/// The most bytes of live output in one message.
+const MAX_CHUNK: usize = 64 << 10;
 /// A server's own framing of a message that is published to a stream, and headers the client adds.
 const ENVELOPE: usize = 512;
 
@@ -154,6 +159,35 @@ impl Publisher {
         }
     }
 
+    /// Publishes what a function prints while it runs; at most `limit` bytes of it wait here.
+    #[must_use]
+    pub fn live_log(&self, id: &JobId, limit: usize) -> LiveLog {
+        let client = self.connection.client.clone();
+        let subjects =
+            [Stream::Stdout, Stream::Stderr].map(|s| Subject::from(self.subjects.logs(id, s)));
+        let [stdout, stderr] = subjects;
+        let id = id.clone();
+        let max_chunk = client.max_payload().saturating_sub(ENVELOPE).min(MAX_CHUNK);
+        let publish = move |stream, chunk: Chunk| {
+            let subject = match stream {
+                Stream::Stdout => stdout.clone(),
+                Stream::Stderr => stderr.clone(),
+            };
+            let headers = header_map(live_headers(&id, &chunk));
+            let client = client.clone();
+            async move {
+                if let Err(error) = client.publish_with_headers(subject, headers, chunk.bytes).await
+                {
+                    tracing::debug!(%error, "could not publish live output");
+                }
+                // Only what is on the wire makes room for more.
+                let _ = client.flush().await;
+            }
+            .boxed()
+        };
+        LiveLog::start(publish, limit, max_chunk)
+    }
+
     /// Sends the JSON of an outcome to those who asked for it.
     pub async fn reply(&self, job: &JobId, json: &Bytes, replies: &[String]) {
         for reply in replies {
@@ -216,6 +250,21 @@ impl Publisher {
             }
         }
     }
+}
+
+fn live_headers(id: &JobId, chunk: &Chunk) -> Vec<(&'static str, String)> {
+    let mut headers = vec![
+        (headers::JOB_ID, id.to_string()),
+        (headers::SEQ, chunk.seq.to_string()),
+        (headers::OFFSET, chunk.offset.to_string()),
+    ];
+    if let Some(End { dropped }) = chunk.end {
+        headers.push((headers::END, "true".to_owned()));
+        if dropped > 0 {
+            headers.push((headers::DROPPED_BYTES, dropped.to_string()));
+        }
+    }
+    headers
 }
 
 fn header_map<N: AsRef<str>>(headers: Vec<(N, String)>) -> HeaderMap {

@@ -22,6 +22,14 @@ pub const JOB_OUTPUT_TRUNCATED: &str = "Job-Output-Truncated";
 pub const JOB_STDOUT_OBJECT: &str = "Job-Stdout-Object";
 /// `bucket/name` of the object that holds standard error, where it did not fit.
 pub const JOB_STDERR_OBJECT: &str = "Job-Stderr-Object";
+/// Of live output: its number in its stream, from 1.
+pub const SEQ: &str = "Seq";
+/// Of live output: the bytes of its stream that came before it.
+pub const OFFSET: &str = "Offset";
+/// Of live output: `true` on the last message of a stream, which has no body.
+pub const END: &str = "End";
+/// Of live output, on the last message of a stream: the bytes that were dropped.
+pub const DROPPED_BYTES: &str = "Dropped-Bytes";
 /// What NATS deduplicates by: the job's id.
 pub const NATS_MSG_ID: &str = "Nats-Msg-Id";
 

@@ -2,12 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures::future::{BoxFuture, OptionFuture};
 
 use super::Options;
 use crate::backend::{Event, Exit, Progress, Run, Signal, Started};
-use crate::capture::{Capture, Captured};
+use crate::capture::{Capture, Captured, Stream};
 use crate::job::{Failure, JobError, Limits, code};
+use crate::live::LiveLog;
 use crate::shutdown::Shutdown;
 use tokio_util::sync::CancellationToken;
 
@@ -72,11 +74,28 @@ pub(super) struct Surroundings<'a> {
     pub(super) progress: &'a Progress,
     /// Bytes kept of each output stream.
     pub(super) keep: usize,
+    /// Where output goes while the function runs.
+    pub(super) live: Option<&'a LiveLog>,
+}
+
+/// Where a function's output goes.
+struct Sink<'a> {
+    capture: Capture,
+    live: Option<&'a LiveLog>,
+}
+
+impl Sink<'_> {
+    fn push(&mut self, stream: Stream, chunk: &Bytes) {
+        self.capture.push(stream, chunk);
+        if let Some(live) = self.live {
+            live.push(stream, chunk);
+        }
+    }
 }
 
 /// Starts the run and sees it to its end, whoever brings that about.
 pub(super) async fn drive(run: &mut dyn Run, around: &Surroundings<'_>) -> Attempt {
-    let mut capture = Capture::new(around.keep);
+    let mut sink = Sink { capture: Capture::new(around.keep), live: around.live };
     let ended = |why| Attempt {
         started: None,
         ran: None,
@@ -100,11 +119,11 @@ pub(super) async fn drive(run: &mut dyn Run, around: &Surroundings<'_>) -> Attem
         }
     };
     let begun = Instant::now();
-    let verdict = watch(run, &mut capture, begun + around.limits.timeout, around).await;
+    let verdict = watch(run, &mut sink, begun + around.limits.timeout, around).await;
     Attempt {
         started: Some(started),
         ran: Some(begun.elapsed()),
-        output: capture.finish(),
+        output: sink.capture.finish(),
         verdict,
     }
 }
@@ -115,7 +134,7 @@ pub(super) async fn drive(run: &mut dyn Run, around: &Surroundings<'_>) -> Attem
 /// get rid of output does not get to the signal either.
 async fn watch(
     run: &mut dyn Run,
-    capture: &mut Capture,
+    sink: &mut Sink<'_>,
     deadline: Instant,
     around: &Surroundings<'_>,
 ) -> Verdict {
@@ -130,7 +149,7 @@ async fn watch(
         let (why, signal) = tokio::select! {
             event = run.next() => match (event, why) {
                 (Ok(Event::Output(stream, chunk)), _) => {
-                    capture.push(stream, &chunk);
+                    sink.push(stream, &chunk);
                     continue;
                 }
                 (Ok(Event::Exited(exit)), None) => return Verdict::Exited(exit),
@@ -170,7 +189,7 @@ async fn watch(
             }
         };
         if run.has_exited() && ending.is_none() {
-            return explained(run, capture, options, shutdown).await;
+            return explained(run, sink, options, shutdown).await;
         }
         ending = Some((why, signal));
         signalling = Some(run.signal(signal)).into();
@@ -189,14 +208,14 @@ async fn watch(
 /// makes its result another one. Only an engine that does not say how it ended can.
 async fn explained(
     run: &mut dyn Run,
-    capture: &mut Capture,
+    sink: &mut Sink<'_>,
     options: &Options,
     shutdown: &Shutdown,
 ) -> Verdict {
     let rest = async {
         loop {
             match run.next().await {
-                Ok(Event::Output(stream, chunk)) => capture.push(stream, &chunk),
+                Ok(Event::Output(stream, chunk)) => sink.push(stream, &chunk),
                 Ok(Event::Exited(exit)) => return Verdict::Exited(exit),
                 Err(failure) => return Verdict::Failed(failure),
             }

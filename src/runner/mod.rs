@@ -18,6 +18,7 @@ use crate::config::Policy;
 use crate::job::{
     self, Failure, JobError, JobId, Limits, Outcome, Retry, Status, Timings, Usage, code,
 };
+use crate::live::LiveLog;
 use crate::objects::Objects;
 use crate::protocol::record::{self, Record, State};
 use crate::protocol::{Request, Subjects, outcome, request};
@@ -44,6 +45,8 @@ const CLEANUP_TRIES: u32 = 4;
 
 /// The limits of what never runs.
 const NO_LIMITS: Limits = Limits { timeout: Duration::ZERO, memory_bytes: 0, cpus: 0.0, pids: 0 };
+/// How long the rest of a job's live output may take after its end.
+const LIVE_LOG_PATIENCE: Duration = Duration::from_secs(10);
 /// Room for the headers of a result, in bytes.
 const RESULT_HEADERS: usize = 4096;
 
@@ -60,6 +63,10 @@ pub struct Options {
     pub max_attempts: u32,
     /// Bytes kept of each output stream.
     pub output_limit: usize,
+    /// Whether output is published while a function runs, unless its request says.
+    pub live_logs: bool,
+    /// Bytes of a job's live output that may wait for NATS.
+    pub live_logs_buffer: usize,
     /// From TERM to KILL.
     pub stop_grace: Duration,
     /// How long a killed function may take to be gone before it is given up on.
@@ -176,7 +183,7 @@ impl Runner {
                 return;
             }
         };
-        let Request { mut job, expires_at, retry, stdin_object, .. } = request;
+        let Request { mut job, expires_at, retry, stdin_object, live_logs, .. } = request;
         let registration = self.cancels.register(&job.id);
         let orders = Orders { cancelled: registration.token.clone(), ..Orders::default() };
         if ticket.cancel_requested() {
@@ -207,17 +214,34 @@ impl Runner {
         tracing::debug!(job = %job.id, image = %job.image, attempt = context.attempt, "job begins");
         let (id, limits) = (job.id.clone(), job.limits.clone());
         let image = job.image.clone();
+        let live = live_logs
+            .unwrap_or(self.options.live_logs)
+            .then(|| self.publisher.live_log(&id, self.options.live_logs_buffer));
         let input = self.input(stdin_object).await;
         let (mut run, attempt) = match input {
             Ok(stdin) => {
                 job.stdin = stdin.or(job.stdin);
                 let mut run = self.backend.prepare(job);
-                let attempt =
-                    self.attempt(run.as_mut(), &limits, &mut ticket, &orders, settle.lease()).await;
+                let attempt = self
+                    .attempt(
+                        run.as_mut(),
+                        &limits,
+                        &mut ticket,
+                        &orders,
+                        settle.lease(),
+                        live.as_ref(),
+                    )
+                    .await;
                 (Some(run), attempt)
             }
             Err(failure) => (None, Attempt::failed(failure)),
         };
+        let live_logs_dropped = live.map_or(0, |live| {
+            let dropped = live.dropped();
+            // Whoever waits for the outcome does not wait for it.
+            drop(live.finish(LIVE_LOG_PATIENCE));
+            dropped
+        });
         crate::failpoint!("function.ended");
         let fenced = matches!(attempt.verdict, Verdict::Ended(Why::Fenced, _))
             || !self.still_holds(&mut ticket, settle.lease()).await;
@@ -250,6 +274,7 @@ impl Runner {
         }
 
         let mut outcome = self.outcome(id.clone(), Some(image), &limits, &context, attempt);
+        outcome.live_logs_dropped = live_logs_dropped;
         if ticket.cancel_requested() && matches!(next, Next::Again(_)) {
             outcome.status = Status::Cancelled;
             outcome.error = Some(verdict::cancelled());
@@ -340,6 +365,7 @@ impl Runner {
         ticket: &mut Ticket,
         orders: &Orders,
         lease: Option<&Lease>,
+        live: Option<&LiveLog>,
     ) -> Attempt {
         let (progress, told) = watch::channel(None);
         let recorded = matches!(ticket, Ticket::Claimed(_));
@@ -351,6 +377,7 @@ impl Runner {
             orders,
             progress: &progress,
             keep: self.options.output_limit.max(objects),
+            live,
         };
         tokio::select! {
             biased;
