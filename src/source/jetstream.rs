@@ -187,18 +187,14 @@ impl JetStreamSource {
     /// What came of the pull at level `at`.
     fn take(&mut self, at: usize, answer: Option<Result<jetstream::Message, async_nats::Error>>) {
         self.levels[at].pull = None;
-        match answer {
-            Some(Ok(message)) => {
-                self.failures = 0;
-                match self.delivery(at, message) {
-                    Ok(delivery) => self.stash.push_back(delivery),
-                    // Only a server that speaks another protocol gets here.
-                    Err(error) => tracing::error!(%error, "a delivery that is none"),
-                }
-            }
-            // The server has nothing, or nothing yet; or it is in trouble, and then so is the next
-            // pull.
-            None | Some(Err(_)) => {}
+        // Otherwise the server has nothing, or nothing yet; or it is in trouble, and then so is the
+        // next pull.
+        let Some(Ok(message)) = answer else { return };
+        self.failures = 0;
+        match self.delivery(at, message) {
+            Ok(delivery) => self.stash.push_back(delivery),
+            // Only a server that speaks another protocol gets here.
+            Err(error) => tracing::error!(%error, "a delivery that is none"),
         }
     }
 
