@@ -28,6 +28,8 @@ private_temporary_files() {
     TMPDIR="$(mktemp -d /tmp/worker-spawner-test.XXXXXX)"
     export TMPDIR
     at_exit "rm -rf --one-file-system '$TMPDIR'"
+    # Of a test that was killed: a disk of a server's own.
+    at_exit "unmount_under '$TMPDIR'"
 }
 
 # Beside the server that is installed. REQUIRE_NATS_CURRENT=1 makes it an error that there is none.
