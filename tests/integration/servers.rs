@@ -1,12 +1,14 @@
-//! What the other tests rely on: the NATS servers they are given do what they say.
+//! What the other tests rely on: the servers and the daemon they are given do what they say.
 
 use std::time::Duration;
 
 use async_nats::jetstream::{self, stream};
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use crate::support::daemon::Settings;
 use crate::support::nats::{NatsOptions, NatsServer, NatsVersion, Store};
 use crate::support::wait::{PATIENCE, within};
+use crate::support::world::World;
 
 const SUBJECT: &str = "kept.here";
 
@@ -118,4 +120,25 @@ async fn a_full_disk_takes_nothing_and_loses_nothing() {
         assert_eq!(stored(&server).await, taken, "{version:?}: {}", server.log());
         store(&stream_on(&server).await, "again").await.unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_frozen_daemon_does_nothing_until_it_thaws() {
+    let world = World::start(&[]).await;
+    world.daemon.freeze();
+    let id = world.submit(json!({"parameter": "echo at last"})).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(world.results.of(&id).is_empty());
+    world.daemon.thaw();
+    assert_eq!(world.results.wait_for(&id).await.payload, "at last\n");
+    let (now, most) = (world.daemon.rss_bytes(), world.daemon.peak_memory());
+    assert!(now > 1 << 20 && now <= most, "{now} of {most} bytes");
+}
+
+#[test]
+fn settings_name_each_point_of_failure() {
+    let settings = Settings::jetstream().failpoint("job.claimed", 1).failpoint("record.written", 3);
+    let named = settings.get("WORKER_SPAWNER_FAILPOINTS");
+    assert_eq!(named, Some("job.claimed=1,record.written=3"));
+    assert_eq!(settings.get("DELIVERY"), Some("jetstream"));
 }
