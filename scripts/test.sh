@@ -5,6 +5,8 @@
 set -euo pipefail
 # shellcheck source=scripts/services.sh
 source "$(dirname "$0")/services.sh"
+# shellcheck source=scripts/nats-current.sh
+source "$(dirname "$0")/nats-current.sh"
 cd "$ROOT"
 
 LIMIT=40m
@@ -26,6 +28,15 @@ private_temporary_files() {
     TMPDIR="$(mktemp -d /tmp/worker-spawner-test.XXXXXX)"
     export TMPDIR
     at_exit "rm -rf --one-file-system '$TMPDIR'"
+    # Of a test that was killed: a disk of a server's own.
+    at_exit "unmount_under '$TMPDIR'"
+}
+
+# Beside the server that is installed. REQUIRE_NATS_CURRENT=1 makes it an error that there is none.
+current_nats_server() {
+    if nats_current; then return; fi
+    [[ ${REQUIRE_NATS_CURRENT-} != 1 ]] || die "there is no current nats-server"
+    warn "NOT TESTED: WHAT TAKES A CURRENT NATS SERVER. Every such test passes without having run (see above)"
 }
 
 # What is listed depends on whose engine it is: in one started here, everything is ours.
@@ -53,6 +64,7 @@ nothing_new() {
 need_cargo
 need nats-server docker-registry htpasswd busybox unshare nsenter ip iptables ps
 private_temporary_files
+current_nats_server
 engine_acquire
 at_exit engine_release
 at_exit remove_test_images

@@ -20,4 +20,5 @@ mod limits;
 mod load;
 mod outputs;
 mod requests;
+mod servers;
 mod settings;

@@ -33,6 +33,23 @@ impl Settings {
         settings.set("RUST_LOG", "info").set("LOG_FORMAT", "json").set("DELIVERY", "core")
     }
 
+    /// As [`new`](Self::new), with requests that a stream keeps.
+    pub(crate) fn jetstream() -> Self {
+        Self::new().set("DELIVERY", "jetstream")
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str)
+    }
+
+    /// Lets the daemon abort when it comes to the point `name` for the `nth` time. Several points
+    /// may be set.
+    pub(crate) fn failpoint(self, name: &str, nth: usize) -> Self {
+        const VARIABLE: &str = "WORKER_SPAWNER_FAILPOINTS";
+        let before = self.get(VARIABLE).map(|points| format!("{points},")).unwrap_or_default();
+        self.set(VARIABLE, &format!("{before}{name}={nth}"))
+    }
+
     pub(crate) fn set(mut self, name: &str, value: &str) -> Self {
         self.0.insert(name.into(), value.into());
         self
@@ -123,10 +140,32 @@ impl Daemon {
         &self.log
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Stops it where it is, until [`thaw`](Self::thaw): as a machine does that sleeps, or swaps.
+    pub(crate) fn freeze(&self) {
+        process::suspend(self.pid());
+    }
+
+    pub(crate) fn thaw(&self) {
+        self.signal(Signal::CONT);
+    }
+
     /// Most memory it ever held, in bytes.
     pub(crate) fn peak_memory(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        self.memory("VmHWM:")
+    }
+
+    /// The memory it holds now, in bytes.
+    pub(crate) fn rss_bytes(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    fn memory(&self, kind: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(kind)).unwrap();
         line.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() * 1024
     }
 }

@@ -1,6 +1,6 @@
 //! A real NATS server per test, on a port of its own.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -8,9 +8,10 @@ use async_nats::{Client, ConnectOptions};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use nkeys::KeyPair;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::process::{self, Signal, bound_to_this_thread, free_port};
@@ -26,6 +27,54 @@ pub(crate) enum Auth {
     Credentials,
 }
 
+/// Which program: servers keep streams differently from version to version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NatsVersion {
+    /// The one on the PATH; Debian 12 has 2.9.10.
+    Installed,
+    /// 2.10.23 or newer, see scripts/nats-current.sh.
+    Current,
+}
+
+impl NatsVersion {
+    /// Those there are on this machine.
+    pub(crate) fn all() -> Vec<Self> {
+        let mut all = vec![Self::Installed];
+        all.extend(Self::current());
+        all
+    }
+
+    /// The current one, where there is one; for the tests that need it, and do nothing without.
+    pub(crate) fn current() -> Option<Self> {
+        let is_here = Self::Current.program().is_file();
+        if !is_here {
+            eprintln!("NOT TESTED on a current NATS server: {NO_CURRENT}");
+        }
+        is_here.then_some(Self::Current)
+    }
+
+    fn program(self) -> PathBuf {
+        match (self, std::env::var_os("NATS_SERVER_CURRENT")) {
+            (Self::Installed, _) => "nats-server".into(),
+            (Self::Current, Some(named)) => named.into(),
+            (Self::Current, None) => {
+                Path::new(env!("CARGO_MANIFEST_DIR")).join(".tools/nats-server-current")
+            }
+        }
+    }
+}
+
+const NO_CURRENT: &str = "run scripts/nats-current.sh, or set NATS_SERVER_CURRENT to a program";
+
+/// Where streams are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Store {
+    /// In the server's directory.
+    Disk,
+    /// On a file system of its own, of so many bytes, which can be full. Mounting takes root.
+    Tmpfs(usize),
+}
+
 /// What to start.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct NatsOptions {
@@ -35,11 +84,33 @@ pub(crate) struct NatsOptions {
     pub(crate) max_payload: Option<usize>,
     /// With storage for streams.
     pub(crate) jetstream: bool,
+    pub(crate) version: NatsVersion,
+    pub(crate) store: Store,
+    /// Each write reaches the disk before it is acknowledged. Only a current server knows how.
+    pub(crate) sync_always: bool,
+    /// With [`NatsServer::monitored`].
+    pub(crate) monitor: bool,
 }
 
 impl Default for NatsOptions {
     fn default() -> Self {
-        Self { auth: Auth::Open, tls: false, max_payload: None, jetstream: false }
+        Self {
+            auth: Auth::Open,
+            tls: false,
+            max_payload: None,
+            jetstream: false,
+            version: NatsVersion::Installed,
+            store: Store::Disk,
+            sync_always: false,
+            monitor: false,
+        }
+    }
+}
+
+impl NatsOptions {
+    /// A server that keeps streams.
+    pub(crate) fn durable(version: NatsVersion) -> Self {
+        Self { jetstream: true, version, ..Self::default() }
     }
 }
 
@@ -49,8 +120,11 @@ pub(crate) const TOKEN: &str = "token-nobody-may-read";
 
 /// A server, gone when dropped.
 pub(crate) struct NatsServer {
+    /// Goes before the directory it is mounted in.
+    tmpfs: Option<Tmpfs>,
     dir: TempDir,
     port: u16,
+    monitor_port: u16,
     options: NatsOptions,
     child: Option<Child>,
 }
@@ -73,8 +147,14 @@ impl NatsServer {
 
     /// All of a server but its process.
     pub(crate) fn absent(options: NatsOptions) -> Self {
-        let server =
-            Self { dir: tempfile::tempdir().unwrap(), port: free_port(), options, child: None };
+        let dir = tempfile::tempdir().unwrap();
+        let store = dir.path().join("store");
+        let tmpfs = match options.store {
+            Store::Disk => None,
+            Store::Tmpfs(size) => Some(Tmpfs::mount(store, size)),
+        };
+        let (port, monitor_port) = (free_port(), free_port());
+        let server = Self { tmpfs, dir, port, monitor_port, options, child: None };
         server.write_files();
         server
     }
@@ -101,13 +181,58 @@ impl NatsServer {
         }
     }
 
+    /// Ends it as an operator does: it says goodbye and writes down what it has.
+    pub(crate) async fn terminate(&mut self) {
+        self.signal(Signal::TERM);
+        self.ended().await;
+    }
+
+    /// Asks it to leave, as before maintenance: it tells its clients, hangs up on one after the other
+    /// from a second later on, and ends. A current one closes its streams at once.
+    pub(crate) fn lame_duck(&self) {
+        self.signal(Signal::USR2);
+    }
+
+    /// Waits until it has ended by itself.
+    pub(crate) async fn ended(&mut self) {
+        let ended = process::exit_of(self.child.as_mut().unwrap(), PATIENCE).await;
+        assert!(ended.is_some(), "nats-server does not end: {}", self.log());
+        self.child = None;
+    }
+
     /// Suspends it: connections stay, nothing answers.
     pub(crate) fn pause(&self) {
-        process::send(self.child.as_ref().unwrap().id(), Signal::STOP);
+        process::suspend(self.child.as_ref().unwrap().id());
     }
 
     pub(crate) fn resume(&self) {
-        process::send(self.child.as_ref().unwrap().id(), Signal::CONT);
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        process::send(self.child.as_ref().unwrap().id(), signal);
+    }
+
+    /// Leaves the streams no room, on a [`Store::Tmpfs`].
+    pub(crate) fn fill_disk(&self) {
+        self.tmpfs.as_ref().expect("only a disk of its own is filled").fill();
+    }
+
+    /// Gives back what [`fill_disk`](Self::fill_disk) took.
+    pub(crate) fn free_disk(&self) {
+        std::fs::remove_file(self.tmpfs.as_ref().unwrap().ballast()).unwrap();
+    }
+
+    /// What its monitoring says at `path`, such as `varz`, `connz` or `jsz`.
+    pub(crate) async fn monitored(&self, path: &str) -> Value {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.monitor_port)).await.unwrap();
+        stream.write_all(format!("GET /{path} HTTP/1.0\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        within("an answer of the monitoring", PATIENCE, stream.read_to_string(&mut answer))
+            .await
+            .unwrap();
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        serde_json::from_str(body).unwrap()
     }
 
     pub(crate) fn url(&self) -> String {
@@ -191,7 +316,11 @@ impl NatsServer {
     }
 
     async fn try_start(&mut self) -> bool {
-        let child = bound_to_this_thread("nats-server")
+        let program = self.options.version.program();
+        // The one on the PATH is looked for there, and its absence is told below.
+        let is_here = self.options.version == NatsVersion::Installed || program.is_file();
+        assert!(is_here, "no {}: {NO_CURRENT}", program.display());
+        let child = bound_to_this_thread(program.to_str().unwrap())
             .args(["--config", &self.text_path("nats.conf")])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -216,16 +345,25 @@ impl NatsServer {
 
     fn write_files(&self) {
         let mut config = format!(
-            "listen: \"127.0.0.1:{}\"\nlog_file: \"{}\"\nmax_pending: 512MB\n",
+            "listen: \"127.0.0.1:{}\"\nlog_file: \"{}\"\nmax_pending: 512MB\n\
+             lame_duck_duration: \"30s\"\nlame_duck_grace_period: \"1s\"\n",
             self.port,
             self.text_path("nats.log")
         );
+        if self.options.monitor {
+            config.push_str(&format!("http: \"127.0.0.1:{}\"\n", self.monitor_port));
+        }
         if let Some(most) = self.options.max_payload {
             config.push_str(&format!("max_payload: {most}\n"));
         }
         if self.options.jetstream {
-            config
-                .push_str(&format!("jetstream {{ store_dir: \"{}\" }}\n", self.text_path("store")));
+            // By default a server promises no more than three quarters of what the disk has now,
+            // so that neither a small disk nor a full one could be tried.
+            let sync = if self.options.sync_always { ", sync_interval: always" } else { "" };
+            config.push_str(&format!(
+                "jetstream {{ store_dir: \"{}\", max_file_store: 64GB{sync} }}\n",
+                self.text_path("store")
+            ));
         }
         match self.options.auth {
             Auth::Open => {}
@@ -322,6 +460,44 @@ impl NatsServer {
 impl Drop for NatsServer {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+/// A file system in memory, gone when dropped.
+struct Tmpfs {
+    at: PathBuf,
+}
+
+impl Tmpfs {
+    fn mount(at: PathBuf, size: usize) -> Self {
+        std::fs::create_dir(&at).unwrap();
+        let options = std::ffi::CString::new(format!("size={size}")).unwrap();
+        mount("worker-spawner-test", &at, "tmpfs", MountFlags::empty(), options.as_c_str())
+            .unwrap_or_else(|error| panic!("a tmpfs cannot be mounted, which takes root: {error}"));
+        Self { at }
+    }
+
+    fn ballast(&self) -> PathBuf {
+        self.at.join("ballast")
+    }
+
+    fn fill(&self) {
+        use std::io::Write as _;
+        let mut ballast = std::fs::File::create(self.ballast()).unwrap();
+        let error = loop {
+            if let Err(error) = ballast.write_all(&[0; 4096]) {
+                break error;
+            }
+        };
+        assert_eq!(error.kind(), std::io::ErrorKind::StorageFull, "{error}");
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        if let Err(error) = unmount(&self.at, UnmountFlags::DETACH) {
+            eprintln!("{} stays mounted: {error}", self.at.display());
+        }
     }
 }
 

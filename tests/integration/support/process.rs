@@ -22,6 +22,27 @@ pub(crate) fn send(pid: u32, signal: Signal) {
     let _ = kill_process(pid, signal);
 }
 
+/// Stops the process `pid` where it is, and returns once all of its threads stand still.
+pub(crate) fn suspend(pid: u32) {
+    send(pid, Signal::STOP);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !stands_still(pid) {
+        assert!(Instant::now() < deadline, "process {pid} does not stop");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn stands_still(pid: u32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    // A thread that is gone by now runs no more either.
+    let states =
+        threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
+    states.into_iter().all(|stat| {
+        // The command name may hold spaces and brackets: read from the last bracket on.
+        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['T', 't']))
+    })
+}
+
 /// Kills and reaps.
 pub(crate) fn end(child: &mut Child) {
     let _ = child.kill();
