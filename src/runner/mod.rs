@@ -268,7 +268,7 @@ impl Runner {
         let image = job.image.clone();
         let live = live_logs
             .unwrap_or(self.options.live_logs)
-            .then(|| self.publisher.live_log(&id, self.options.live_logs_buffer));
+            .then(|| self.publisher.live_log(&id, context.attempt, self.options.live_logs_buffer));
         let input = self.input(stdin_object).await;
         let (mut run, attempt) = match input {
             Ok(stdin) => {
