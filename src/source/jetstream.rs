@@ -204,44 +204,57 @@ impl JetStreamSource {
         Ok(())
     }
 
-    /// Takes in an answer to a pull. Returns the level whose pull it ended, if it is the pull under
-    /// way there; a request is taken in whatever pull it answers.
+    /// Takes in an answer to a pull. Returns the level where that ended the pull under way.
     fn take(&mut self, message: async_nats::Message) -> Result<Option<usize>, SetupError> {
-        let number = message.subject.rsplit('.').next().and_then(|number| number.parse().ok());
-        let of_pull = |level: &Level| level.pull.is_some_and(|pull| Some(pull.number) == number);
-        let at = self.levels.iter().position(of_pull);
-        match message.status {
-            None | Some(StatusCode::OK) => {
-                match self.delivery(message) {
-                    Ok(delivery) => {
-                        self.failures = 0;
-                        self.stash.push_back((tokio::time::Instant::now(), delivery));
+        let at = match message.status {
+            None | Some(StatusCode::OK) => match self.delivery(message) {
+                Ok((at, delivery)) => {
+                    self.failures = 0;
+                    self.stash.push_back((tokio::time::Instant::now(), delivery));
+                    // It bears the subject it was published to, and so not its pull's number. Should
+                    // it be a late answer to an earlier one, there is one pull too many for a while.
+                    Some(at)
+                }
+                // Only a server that speaks another protocol gets here.
+                Err(error) => {
+                    tracing::error!(%error, "a delivery that is none");
+                    None
+                }
+            },
+            Some(status) => {
+                let number = message.subject.rsplit('.').next().and_then(|n| n.parse().ok());
+                let is_its_own =
+                    |level: &Level| level.pull.is_some_and(|pull| Some(pull.number) == number);
+                let at = self.levels.iter().position(is_its_own);
+                match status {
+                    StatusCode::IDLE_HEARTBEAT => None,
+                    // There is nothing, or was nothing in time.
+                    StatusCode::NOT_FOUND | StatusCode::TIMEOUT => at,
+                    _ if at.is_none() => None,
+                    _ => {
+                        let why = message.description.unwrap_or_default();
+                        let why = format!("a pull was refused: {status} {why}");
+                        return Err(SetupError::Unavailable(why));
                     }
-                    // Only a server that speaks another protocol gets here.
-                    Err(error) => tracing::error!(%error, "a delivery that is none"),
                 }
             }
-            Some(StatusCode::IDLE_HEARTBEAT) => return Ok(None),
-            // There is nothing, or was nothing in time.
-            Some(StatusCode::NOT_FOUND | StatusCode::TIMEOUT) => {}
-            Some(_) if at.is_none() => {}
-            Some(status) => {
-                let why = message.description.unwrap_or_default();
-                return Err(SetupError::Unavailable(format!("a pull was refused: {status} {why}")));
-            }
-        }
+        };
         if let Some(at) = at {
             self.levels[at].pull = None;
         }
         Ok(at)
     }
 
-    fn delivery(&self, message: async_nats::Message) -> Result<Delivery, async_nats::Error> {
+    fn delivery(
+        &self,
+        message: async_nats::Message,
+    ) -> Result<(usize, Delivery), async_nats::Error> {
         let message = jetstream::Message { message, context: self.jetstream.clone() };
         let info = message.info()?;
         let names = &self.topology.names;
-        let level = |level: &&Level| names.consumer(level.priority) == info.consumer;
-        let level = self.levels.iter().find(level).ok_or("it is of another consumer")?;
+        let is_its_own = |level: &Level| names.consumer(level.priority) == info.consumer;
+        let at = self.levels.iter().position(is_its_own).ok_or("it is of another consumer")?;
+        let level = &self.levels[at];
         let priority = level.priority;
         let (sequence, published) = (info.stream_sequence, info.published);
         let deliveries = u32::try_from(info.delivered).unwrap_or(u32::MAX);
@@ -273,7 +286,7 @@ impl JetStreamSource {
             is_last: deliveries >= self.options.max_attempts + SPARE_DELIVERIES,
             _keep_alive: AbortOnDropHandle::new(tokio::spawn(keep_alive)),
         });
-        Ok(Delivery { message, settle })
+        Ok((at, Delivery { message, settle }))
     }
 
     /// The next answer to any pull, or nothing where one is overdue or the connection broke.
