@@ -247,7 +247,10 @@ impl Runner {
         let unstarted = if orders.cancelled.is_cancelled() {
             Some(verdict::cancelled())
         } else {
-            expires_at.filter(|at| *at <= SystemTime::now()).map(verdict::expired)
+            // What was begun in time is brought to its end.
+            expires_at
+                .filter(|at| context.attempt == 1 && *at <= SystemTime::now())
+                .map(verdict::expired)
         };
         if let Some(error) = unstarted {
             let mut outcome = self.outcome(
