@@ -8,9 +8,7 @@ use std::fmt::{self, Display};
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy, pull};
-use async_nats::jetstream::context::{
-    AccountErrorKind, CreateStreamErrorKind, GetStreamErrorKind, RequestErrorKind,
-};
+use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamErrorKind, RequestErrorKind};
 use async_nats::jetstream::stream::{self, DiscardPolicy, RetentionPolicy, StorageType};
 use async_nats::jetstream::{self, Context, ErrorCode};
 use serde::Serialize;
@@ -302,16 +300,37 @@ impl Topology {
 
 /// Whether the account has JetStream.
 async fn account(jetstream: &Context) -> Result<(), SetupError> {
-    let Err(error) = jetstream.query_account().await else { return Ok(()) };
-    Err(match error.kind() {
-        AccountErrorKind::JetStreamUnavailable => SetupError::Absent("nobody answers".to_owned()),
-        AccountErrorKind::JetStream(e) => {
-            refused("query the account", e.code(), e.error_code(), &e)
+    /// Of the answer nothing else counts; older servers leave fields out that the client library
+    /// would insist on.
+    #[derive(serde::Deserialize)]
+    struct Answer {
+        error: Option<ApiError>,
+    }
+    #[derive(serde::Deserialize)]
+    struct ApiError {
+        code: usize,
+        err_code: u64,
+        #[serde(default)]
+        description: String,
+    }
+    match jetstream.request("INFO", &serde_json::json!({})).await {
+        Ok(Answer { error: None }) => Ok(()),
+        Ok(Answer { error: Some(ApiError { code, err_code, description }) }) => {
+            let absent = [
+                ErrorCode::JETSTREAM_NOT_ENABLED.0,
+                ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT.0,
+            ];
+            Err(if absent.contains(&err_code) {
+                SetupError::Absent(description)
+            } else {
+                SetupError::Unavailable(format!("{description} ({code})"))
+            })
         }
-        AccountErrorKind::TimedOut | AccountErrorKind::Other => {
-            SetupError::Unavailable(error.to_string())
+        Err(error) if error.kind() == RequestErrorKind::NoResponders => {
+            Err(SetupError::Absent("nobody answers".to_owned()))
         }
-    })
+        Err(error) => Err(SetupError::Unavailable(error.to_string())),
+    }
 }
 
 /// The server's answer to a request it would not fulfil.
@@ -383,7 +402,7 @@ async fn ensure_consumer(
     // No message of its own: creating a consumer that is there would change it on older servers.
     let subject = format!("CONSUMER.INFO.{stream}.{name}");
     let answer: Result<jetstream::response::Response<consumer::Info>, _> =
-        jetstream.request(subject, b"").await;
+        jetstream.request(subject, &serde_json::json!({})).await;
     match answer {
         Ok(jetstream::response::Response::Ok(info)) => return Ok(Some(info.config)),
         Ok(jetstream::response::Response::Err { error })
