@@ -77,7 +77,7 @@ async fn run(client: &Client, request: &Value) -> anyhow::Result<Value> {
     }
 }
 
-/// Publishes a request and waits for the message about it on `functions.results`.
+/// Hands in a request and waits for the message about it on `functions.results`.
 ///
 /// A service would keep one subscription open for all its jobs and tell them apart by `Job-Id`.
 async fn execute(client: &Client, mut request: Value) -> anyhow::Result<Message> {
@@ -86,7 +86,14 @@ async fn execute(client: &Client, mut request: Value) -> anyhow::Result<Message>
     // First listen, then ask: NATS keeps nothing for those who come late. Both travel on one
     // connection, in this order.
     let mut results = client.subscribe("functions.results").await?;
-    client.publish("functions.execute", request.to_string().into()).await?;
+    let asked = Request::new().payload(request.to_string().into()).timeout(Some(PATIENCE));
+    let reply = client.send_request("functions.execute", asked).await?;
+    let reply: Value = serde_json::from_slice(&reply.payload)?;
+    // Where a stream keeps the requests, the reply is the server's: it has this one, or why not.
+    // Where none does, the reply is the outcome, which has a status.
+    if reply.get("error").is_some() && reply.get("status").is_none() {
+        anyhow::bail!("not accepted: {}", text(&reply["error"]["description"]));
+    }
     let mine = async {
         while let Some(message) = results.next().await {
             let headers = message.headers.as_ref();

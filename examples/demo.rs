@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use async_nats::{Client, client::RequestErrorKind};
 use futures::StreamExt;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
 /// How long a daemon that is still starting is waited for.
@@ -66,7 +66,8 @@ async fn main() -> Result<()> {
 }
 
 /// Publishes as a request, since a server tells a requester that nobody listens yet, and tries again until somebody
-/// does. What the reply says is not needed: the result comes on a subject of its own.
+/// does. Where a stream keeps the requests, the reply is the server's and says that it has this one. Where none does,
+/// the reply is the outcome, which is not needed: the result comes on a subject of its own.
 async fn publish(client: &Client, subject: String, request: String) -> Result<()> {
     let start = Instant::now();
     loop {
@@ -79,7 +80,19 @@ async fn publish(client: &Client, subject: String, request: String) -> Result<()
             }
             // Delivered; the job takes longer than a request waits for its reply.
             Err(error) if error.kind() == RequestErrorKind::TimedOut => return Ok(()),
-            reply => return reply.map(drop).context("the request was not delivered"),
+            reply => return accepted(&reply.context("the request was not delivered")?.payload),
         }
     }
+}
+
+fn accepted(reply: &[u8]) -> Result<()> {
+    let reply: Value =
+        serde_json::from_slice(reply).context("the reply to the request is no JSON")?;
+    if let Some(stream) = reply["stream"].as_str() {
+        match reply["error"]["description"].as_str() {
+            Some(reason) => bail!("the stream {stream} does not take the request: {reason}"),
+            None => println!("kept in the stream {stream}, as number {}\n", reply["seq"]),
+        }
+    }
+    Ok(())
 }

@@ -44,7 +44,7 @@ cargo build --locked --bin worker-spawner --example demo
 say "making the image $IMAGE"
 make_image
 say "starting a NATS server and the daemon"
-nats_start "$WORK/nats"
+nats_start "$WORK/nats" --jetstream --store_dir "$WORK/nats"
 at_exit "stop_process $NATS_PID 20"
 start_daemon
 

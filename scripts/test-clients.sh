@@ -11,6 +11,7 @@ IMAGE=worker-spawner-test/clients:latest
 BUILT="${CARGO_TARGET_DIR:-$ROOT/target}/debug"
 CACHE="${CARGO_TARGET_DIR:-$ROOT/target}/clients"
 PASSED=0 FAILED=0 SKIPPED=0
+declare -A ADDRESSES LOGS
 
 # --- The clients: each has a way to be made ready, and a command ------------------------------------------------
 
@@ -108,30 +109,33 @@ waits_for_its_turn() {
         return 1
     }
 }
-times_busy() { grep -c 'error=busy: ' "$WORK/daemon.log" || true; }
+times_busy() { grep -c 'error=busy: ' "$LOG" || true; }
 
 misses_the_daemon() { expect 1 '' 'is worker-spawner running?' true; }
 
-# try NAME CHECK…: one client through all checks.
+# try NAME CHECK…: one client through all checks, with each of the daemons.
 try() {
-    local name=$1 check
+    local name=$1 check kind
     shift
     if ! "ready_$name"; then
         warn "THE CLIENT EXAMPLE FOR ${name^^} WAS NOT TESTED: what it needs cannot be had here (see above)"
         SKIPPED=$((SKIPPED + 1))
         return
     fi
-    export NATS_URL=$EMPTY_NATS_ADDRESS
-    for check in misses_the_daemon "$@"; do
-        if ! "$check"; then
-            warn "$name: $check failed"
-            FAILED=$((FAILED + 1))
-            return
-        fi
-        NATS_URL=$NATS_ADDRESS
+    for kind in "${!ADDRESSES[@]}"; do
+        export NATS_URL=$EMPTY_NATS_ADDRESS
+        LOG=${LOGS[$kind]}
+        for check in misses_the_daemon "$@"; do
+            if ! "$check"; then
+                warn "$name, $kind: $check failed"
+                FAILED=$((FAILED + 1))
+                continue 2
+            fi
+            NATS_URL=${ADDRESSES[$kind]}
+        done
+        say "$name, $kind: passed"
+        PASSED=$((PASSED + 1))
     done
-    say "$name: passed"
-    PASSED=$((PASSED + 1))
 }
 
 # --- The servers ------------------------------------------------------------------------------------------------
@@ -145,29 +149,39 @@ at_exit "rm -rf '$WORK'"
 at_exit "docker rmi -f '$IMAGE' >/dev/null 2>&1"
 import_busybox "$IMAGE"
 
-# One that nobody listens on, and the daemon's.
+# serve KIND [OPTION…]: a NATS server with these options, and a daemon. One slot, and little patience, so that clients
+# have to come back.
+serve() {
+    local kind=$1 dir="$WORK/nats-$1"
+    shift
+    nats_start "$dir" "$@"
+    at_exit "stop_process $NATS_PID 10"
+    ADDRESSES[$kind]=$NATS_ADDRESS
+    LOGS[$kind]="$dir/daemon.log"
+    env -u REPLY_PREFIXES -u DELIVERY NATS_URL="$NATS_ADDRESS" MAX_CONTAINERS=1 RUN_SLOT_TIMEOUT=50ms PULL_POLICY=never \
+        IMAGE_ALLOWLIST='worker-spawner-test/*' "$WORKER_SPAWNER_BIN" >"${LOGS[$kind]}" 2>&1 </dev/null &
+    at_exit "stop_process $! 60"
+    wait_until 30 grep -q ' ready ' "${LOGS[$kind]}" || die "the daemon is not ready: $(<"${LOGS[$kind]}")"
+}
+
+# One that nobody listens on.
 nats_start "$WORK/empty"
 at_exit "stop_process $NATS_PID 10"
 EMPTY_NATS_ADDRESS=$NATS_ADDRESS
-nats_start "$WORK/nats"
-at_exit "stop_process $NATS_PID 10"
 
 if [[ -z ${WORKER_SPAWNER_BIN-} ]]; then
     cargo build --quiet --locked
     WORKER_SPAWNER_BIN="$BUILT/worker-spawner"
 fi
-# One slot, and little patience, so that clients have to come back.
-env -u REPLY_PREFIXES NATS_URL="$NATS_ADDRESS" MAX_CONTAINERS=1 RUN_SLOT_TIMEOUT=50ms PULL_POLICY=never \
-    IMAGE_ALLOWLIST='worker-spawner-test/*' "$WORKER_SPAWNER_BIN" >"$WORK/daemon.log" 2>&1 </dev/null &
-DAEMON=$!
-at_exit "stop_process $DAEMON 60"
-wait_until 30 grep -q ' ready ' "$WORK/daemon.log" || die "the daemon is not ready: $(<"$WORK/daemon.log")"
+# What a reply to functions.execute means depends on whether a stream keeps the requests.
+serve without-streams
+serve with-streams --jetstream --store_dir "$WORK/store"
 
 for client in python node rust; do
     try "$client" greets takes_bytes tells_errors waits_for_its_turn
 done
 
-((FAILED == 0)) || cat "$WORK/daemon.log" >&2
+((FAILED == 0)) || tail -n +1 "${LOGS[@]}" >&2
 printf 'clients: %d passed, %d failed' "$PASSED" "$FAILED"
 ((SKIPPED == 0)) || printf ', %d skipped' "$SKIPPED"
 printf '\n'

@@ -114,7 +114,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
         None => {
             let (source, refused) = CoreSource::subscribe(
                 &connection,
-                &config.subjects.execute,
+                &config.subjects,
                 &config.queue_group,
                 Limits { messages: config.buffer_messages, bytes: config.buffer_bytes },
             )

@@ -446,7 +446,7 @@ fn differences(found: &stream::Config, wanted: &stream::Config, fields: &[Field]
     let (found_json, wanted_json) = (json(found), json(wanted));
     let mut faults = Vec::new();
     for Field { name, setting, option } in fields {
-        let (is, should) = (shown(*name, &found_json[*name]), shown(*name, &wanted_json[*name]));
+        let (is, should) = (shown(name, &found_json[*name]), shown(name, &wanted_json[*name]));
         if is == should {
             continue;
         }

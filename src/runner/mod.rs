@@ -209,8 +209,6 @@ impl Runner {
             return;
         }
         crate::failpoint!("job.claimed");
-        self.publisher.event(ticket.record()).await;
-
         tracing::debug!(job = %job.id, image = %job.image, attempt = context.attempt, "job begins");
         let (id, limits) = (job.id.clone(), job.limits.clone());
         let image = job.image.clone();

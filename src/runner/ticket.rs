@@ -118,6 +118,8 @@ impl Ticket {
         orders: &Orders,
         lease: Option<&Lease>,
     ) {
+        // Beside the start, not before it.
+        publisher.event(self.record()).await;
         let mut pulling_since = None;
         let never = Duration::from_secs(365 * 24 * 3600);
         loop {

@@ -19,7 +19,7 @@ use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::lease::{self, Lease};
-use super::{Closed, Delivery, Message, Settle, Source, expiry};
+use super::{Closed, Delivery, Message, Settle, Source, expiry, order};
 use crate::job::{JobId, Priority};
 use crate::nats::Connection;
 use crate::protocol::Subjects;
@@ -95,19 +95,6 @@ struct Bound {
 struct Sweep {
     order: [usize; 3],
     at: usize,
-}
-
-impl Sweep {
-    /// Which queue is asked first at this pick. Of sixteen picks the lowest is first once and the
-    /// normal one three times; so none starves, however much waits above it.
-    fn of(pick: u32) -> Self {
-        let order = match pick % 16 {
-            0 => [2, 0, 1],
-            4 | 8 | 12 => [1, 0, 2],
-            _ => [0, 1, 2],
-        };
-        Self { order, at: 0 }
-    }
 }
 
 impl JetStreamSource {
@@ -187,18 +174,14 @@ impl JetStreamSource {
     /// What came of the pull at level `at`.
     fn take(&mut self, at: usize, answer: Option<Result<jetstream::Message, async_nats::Error>>) {
         self.levels[at].pull = None;
-        match answer {
-            Some(Ok(message)) => {
-                self.failures = 0;
-                match self.delivery(at, message) {
-                    Ok(delivery) => self.stash.push_back(delivery),
-                    // Only a server that speaks another protocol gets here.
-                    Err(error) => tracing::error!(%error, "a delivery that is none"),
-                }
-            }
-            // The server has nothing, or nothing yet; or it is in trouble, and then so is the next
-            // pull.
-            None | Some(Err(_)) => {}
+        // Otherwise the server has nothing, or nothing yet; or it is in trouble, and then so is the
+        // next pull.
+        let Some(Ok(message)) = answer else { return };
+        self.failures = 0;
+        match self.delivery(at, message) {
+            Ok(delivery) => self.stash.push_back(delivery),
+            // Only a server that speaks another protocol gets here.
+            Err(error) => tracing::error!(%error, "a delivery that is none"),
         }
     }
 
@@ -244,7 +227,7 @@ impl JetStreamSource {
         let Some(Bound { epoch, .. }) = self.bound else { return Ok(()) };
         let mut sweep = match self.sweep {
             Some(sweep) => sweep,
-            None => *self.sweep.insert(Sweep::of(self.picks)),
+            None => *self.sweep.insert(Sweep { order: order(self.picks), at: 0 }),
         };
         // A queue with a pull that waits is empty: it would have answered.
         while sweep.at < 3 {
@@ -510,23 +493,5 @@ impl Settle for Ack {
             // It runs where it is.
             _ => Err(self),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_queue_starves() {
-        let mut first = [0; 3];
-        for pick in 0..160 {
-            let order = Sweep::of(pick).order;
-            first[order[0]] += 1;
-            let mut sorted = order;
-            sorted.sort_unstable();
-            assert_eq!(sorted, [0, 1, 2], "every queue is asked at every pick");
-        }
-        assert_eq!(first, [120, 30, 10]);
     }
 }

@@ -27,7 +27,7 @@ async function run(nc, request, patience = 60_000) {
 }
 
 /**
- * Publishes a request and waits for the message about it on functions.results.
+ * Hands in a request and waits for the message about it on functions.results.
  *
  * A service would keep one subscription open for all its jobs and tell them apart by Job-Id.
  */
@@ -36,9 +36,13 @@ async function execute(nc, request, patience = 60_000) {
   // First listen, then ask: NATS keeps nothing for those who come late.
   const results = nc.subscribe("functions.results");
   await nc.flush();
-  nc.publish("functions.execute", JSON.stringify({ ...request, id }));
   const tooLate = setTimeout(() => results.unsubscribe(), patience);
   try {
+    const body = JSON.stringify({ ...request, id });
+    const reply = (await nc.request("functions.execute", body, { timeout: patience })).json();
+    // Where a stream keeps the requests, the reply is the server's: it has this one, or why not. Where none does, the
+    // reply is the outcome, which has a status.
+    if (reply.error && !reply.status) throw new Error(`not accepted: ${reply.error.description}`);
     for await (const message of results) {
       if (message.headers?.get("Job-Id") === id) return message;
     }

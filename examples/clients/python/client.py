@@ -40,7 +40,7 @@ async def run(nc, request: dict, patience: float = 60) -> dict:
 
 
 async def execute(nc, request: dict, patience: float = 60):
-    """Publishes a request and waits for the message about it on functions.results.
+    """Hands in a request and waits for the message about it on functions.results.
 
     A service would keep one subscription open for all its jobs and tell them apart by Job-Id.
     """
@@ -48,7 +48,12 @@ async def execute(nc, request: dict, patience: float = 60):
     # First listen, then ask: NATS keeps nothing for those who come late.
     results = await nc.subscribe("functions.results")
     await nc.flush()
-    await nc.publish("functions.execute", json.dumps({**request, "id": job_id}).encode())
+    body = json.dumps({**request, "id": job_id}).encode()
+    reply = json.loads((await nc.request("functions.execute", body, timeout=patience)).data)
+    # Where a stream keeps the requests, the reply is the server's: it has this one, or why not. Where none does, the
+    # reply is the outcome, which has a status.
+    if "error" in reply and "status" not in reply:
+        raise RuntimeError(f"not accepted: {reply['error']['description']}")
 
     async def mine():
         async for message in results.messages:

@@ -9,6 +9,7 @@ pub(crate) mod daemon;
 pub(crate) mod engine;
 pub(crate) mod fleet;
 pub(crate) mod images;
+pub(crate) mod jetstream;
 pub(crate) mod nats;
 pub(crate) mod process;
 pub(crate) mod proxy;

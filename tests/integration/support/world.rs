@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 use super::daemon::{Daemon, Settings};
 use super::engine::{Engine, JOB_LABEL, label};
 use super::images::Image;
-use super::nats::{NatsOptions, NatsServer, round_trip};
+use super::jetstream::{Events, Ledger};
+use super::nats::{NatsOptions, NatsServer, NatsVersion, round_trip};
 use super::results::{Results, header};
 use super::wait::{PATIENCE, within};
 
@@ -69,12 +70,16 @@ pub(crate) fn decoded(outcome: &Value, name: &str) -> Vec<u8> {
 pub(crate) struct World {
     pub(crate) daemon: Daemon,
     pub(crate) results: Results,
+    /// What the streams hold, in a durable world.
+    pub(crate) ledger: Ledger,
     pub(crate) client: Client,
     pub(crate) nats: NatsServer,
     pub(crate) engine: Engine,
     pub(crate) settings: Settings,
     /// The name of the busybox image.
     pub(crate) image: String,
+    /// A stream keeps the requests.
+    durable: bool,
     prefix: String,
     counter: AtomicUsize,
 }
@@ -88,6 +93,23 @@ impl World {
     pub(crate) async fn with(nats: NatsOptions, engine: Engine, settings: &[(&str, &str)]) -> Self {
         let image = engine.image(Image::Busybox).await;
         Self::on(NatsServer::with(nats).await, engine, image, settings).await
+    }
+
+    /// Where a stream keeps the requests: a daemon that takes them from there, with the given
+    /// settings beside the defaults.
+    pub(crate) async fn durable(settings: &[(&str, &str)]) -> Self {
+        let nats = NatsOptions::durable(NatsVersion::Installed);
+        Self::durable_with(nats, Engine::shared().await, settings).await
+    }
+
+    /// As [`durable`](Self::durable), on such a server.
+    pub(crate) async fn durable_with(
+        nats: NatsOptions,
+        engine: Engine,
+        settings: &[(&str, &str)],
+    ) -> Self {
+        let settings = [&[("DELIVERY", "jetstream")], settings].concat();
+        Self::with(NatsOptions { jetstream: true, ..nats }, engine, &settings).await
     }
 
     /// As the others, on servers that exist already.
@@ -106,9 +128,11 @@ impl World {
         Self {
             daemon,
             results,
+            ledger: Ledger::new(&client),
             client,
             nats,
             engine,
+            durable: settings.get("DELIVERY") == Some("jetstream"),
             settings,
             image,
             prefix,
@@ -132,9 +156,14 @@ impl World {
         (request["id"].as_str().unwrap_or_default().to_string(), request)
     }
 
-    /// Publishes a request and returns its id, once the server has it.
+    /// Publishes a request and returns its id, once the server has it; in a durable world, once the
+    /// stream has it.
     pub(crate) async fn submit(&self, request: Value) -> String {
         let (id, request) = self.complete(request);
+        if self.durable {
+            self.ledger.publish_acked("functions.execute", &request, HeaderMap::new()).await;
+            return id;
+        }
         self.client.publish("functions.execute", request.to_string().into()).await.unwrap();
         round_trip(&self.client).await;
         id
@@ -143,13 +172,50 @@ impl World {
     /// Publishes a request and waits for its outcome and its result, which must agree.
     pub(crate) async fn execute(&self, request: Value) -> Ended {
         let (id, request) = self.complete(request);
+        if self.durable {
+            return self.execute_durably(id, request).await;
+        }
         let ended = self.execute_raw(request.to_string().into(), HeaderMap::new()).await;
         assert_eq!(ended.outcome["id"], json!(id));
         ended
     }
 
+    /// The answer to a request that a stream keeps is the server's: the outcome goes to an address
+    /// in the request. It must be the recorded one.
+    async fn execute_durably(&self, id: String, mut request: Value) -> Ended {
+        let reply_to = self.client.new_inbox();
+        let mut answers = self.client.subscribe(reply_to.clone()).await.unwrap();
+        request["reply_to"] = json!(reply_to);
+        self.ledger.publish_acked("functions.execute", &request, HeaderMap::new()).await;
+        let answer = within("an outcome at reply_to", PATIENCE, answers.next()).await.unwrap();
+        let ended = self.ended(&id).await;
+        let outcome: Value = serde_json::from_slice(&answer.payload).unwrap();
+        assert_eq!(outcome, ended.outcome, "what was sent, and what was recorded");
+        ended
+    }
+
+    /// In a durable world, waits for the end of a job that was submitted. The result that the stream
+    /// has and the outcome that the record has must agree.
+    pub(crate) async fn ended(&self, id: &str) -> Ended {
+        let result = self.ledger.result(id).await;
+        let outcome = self.ledger.outcome(id).await;
+        let ended = Ended { outcome, result };
+        agree(&ended);
+        ended
+    }
+
+    /// What is told of the job `id` from now on.
+    pub(crate) async fn events(&self, id: &str) -> Events {
+        Events::of(&self.client, id).await
+    }
+
     /// As [`execute`](Self::execute), with a payload taken as it is.
     pub(crate) async fn execute_raw(&self, payload: bytes::Bytes, headers: HeaderMap) -> Ended {
+        if self.durable {
+            let offered = self.ledger.offer("functions.execute", payload, headers).await;
+            let id = self.ledger.job_of(offered.unwrap().sequence).await;
+            return self.ended(&id).await;
+        }
         let reply = self.client.new_inbox();
         let mut answers = self.client.subscribe(reply.clone()).await.unwrap();
         self.client
