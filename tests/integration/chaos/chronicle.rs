@@ -92,7 +92,15 @@ impl Chronicle {
                 !text[at + id.len()..].starts_with(|next: char| next.is_ascii_digit())
             })
         };
-        let mut text = self.matching(names);
+        // The server knows it by its place in the queue.
+        let places: Vec<String> = {
+            let entries = self.0.entries.lock().unwrap();
+            let own = entries.iter().filter(|entry| names(&entry.what));
+            own.filter_map(|entry| place(&entry.what)).collect()
+        };
+        let mut text = self.matching(|entry| {
+            names(entry) || place(entry).is_some_and(|place| places.contains(&place))
+        });
         for (whose, log) in self.0.logs.lock().unwrap().iter() {
             for line in log.text().lines().filter(|line| names(line)) {
                 let _ = writeln!(text, "    {whose}: {line}");
@@ -115,4 +123,10 @@ impl Chronicle {
         let logs = self.0.logs.lock().unwrap();
         logs.iter().map(|(whose, log)| (whose.clone(), log.text())).collect()
     }
+}
+
+/// The number behind "sequence: ".
+fn place(text: &str) -> Option<String> {
+    let (_, rest) = text.split_once("sequence: ")?;
+    Some(rest.chars().take_while(char::is_ascii_digit).collect())
 }

@@ -109,7 +109,7 @@ async fn run(rig: &mut Rig, plan: &Plan, chronicle: &Chronicle) -> History {
     let mut history = History {
         max_deliver: MAX_DELIVER,
         jobs: jobs.all(),
-        leftovers: stuck.into_iter().collect(),
+        leftovers: stuck,
         ..History::default()
     };
     end(rig, &mut history).await;
@@ -124,20 +124,20 @@ async fn run(rig: &mut Rig, plan: &Plan, chronicle: &Chronicle) -> History {
 }
 
 /// Waits until the queue is empty; if nothing moves for too long, says what is left in it.
-async fn quiet(streams: &Streams) -> Option<String> {
+async fn quiet(streams: &Streams) -> Vec<String> {
     let mut last = None;
     let mut moved = Instant::now();
     loop {
         let counts =
             tokio::join!(streams.count(QUEUE), streams.count(ADVISORIES), streams.count(RESULTS));
         if let (Ok(0), Ok(0), _) = counts {
-            return None;
+            return Vec::new();
         }
         if last.as_ref() != Some(&counts) {
             moved = Instant::now();
             last = Some(counts);
         } else if moved.elapsed() > STUCK {
-            return Some(format!("queue, advisories and results, at a standstill: {counts:?}"));
+            return observe::stuck(streams).await;
         }
         tokio::time::sleep(LOOK).await;
     }

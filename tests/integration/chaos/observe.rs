@@ -14,7 +14,7 @@ use super::ledger::{DeadLetter, Job, Outcome, Overrun, Record};
 use super::rig::SLOTS;
 use crate::support::engine::{Engine, INSTANCE_LABEL, JOB_LABEL, label};
 use crate::support::runs::Runs;
-use crate::support::streams::{Streams, Trouble, header};
+use crate::support::streams::{ADVISORIES, CONSUMERS, QUEUE, Streams, Trouble, header};
 
 /// Between two looks at what runs.
 const LOOK: Duration = Duration::from_millis(100);
@@ -33,6 +33,7 @@ impl Observer {
         let overruns = Arc::default();
         let heard = Arc::default();
         let results = streams.client().subscribe("functions.results").await.unwrap();
+        let advisories = streams.client().subscribe("$JS.EVENT.ADVISORY.>").await.unwrap();
         let tasks = vec![
             tokio::spawn(look(
                 engine.clone(),
@@ -41,6 +42,7 @@ impl Observer {
                 chronicle.clone(),
             )),
             tokio::spawn(hear(results, Arc::clone(&heard))),
+            tokio::spawn(advise(advisories, chronicle.clone())),
         ];
         Self { runs, overruns, heard, tasks }
     }
@@ -103,6 +105,33 @@ async fn hear(mut results: async_nats::Subscriber, heard: Arc<Mutex<BTreeMap<Str
             *heard.lock().unwrap().entry(id.to_string()).or_default() += 1;
         }
     }
+}
+
+/// Notes what the server says of requests it delivers no more, or has back.
+async fn advise(mut advisories: async_nats::Subscriber, chronicle: Chronicle) {
+    while let Some(advisory) = advisories.next().await {
+        let event: Value = serde_json::from_slice(&advisory.payload).unwrap_or_default();
+        if let Some(sequence) = event["stream_seq"].as_u64() {
+            let (kind, times) = (&event["type"], &event["deliveries"]);
+            chronicle.note(format!("sequence: {sequence}, {kind} of delivery {times}"));
+        }
+    }
+}
+
+/// What is in the queue and does not leave it, and what the server says of those who take from it.
+pub(crate) async fn stuck(streams: &Streams) -> Vec<String> {
+    let mut stuck = Vec::new();
+    for stream in [QUEUE, ADVISORIES] {
+        for message in streams.messages(stream).await.into_iter().flatten() {
+            let text = String::from_utf8_lossy(&message.payload);
+            let (sequence, subject) = (message.sequence, message.subject);
+            stuck.push(format!("number {sequence} of {stream}: {subject} {text}"));
+        }
+    }
+    for consumer in CONSUMERS {
+        stuck.push(format!("consumer {consumer}: {:?}", streams.consumer(QUEUE, consumer).await));
+    }
+    stuck
 }
 
 /// All outcomes there are in the stream.

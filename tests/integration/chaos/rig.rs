@@ -292,8 +292,8 @@ async fn drive_nats(
                 nats.fill_disk();
                 tokio::time::sleep(lasts).await;
                 nats.free_disk();
-                // A server that could not write does not try again by itself.
-                nats.terminate().await;
+                // A server that could not write does not try again by itself, and an older one does
+                // not even end when it is asked to.
                 nats.restart().await;
             }
             Fault::ConsumerDeleted => {

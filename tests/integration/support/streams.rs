@@ -159,6 +159,11 @@ impl Streams {
         self.read(DEAD_LETTERS, &self.dead_letters).await
     }
 
+    /// All messages of another stream, in its order.
+    pub(crate) async fn messages(&self, stream: &str) -> Result<Vec<StreamMessage>, Trouble> {
+        self.read(stream, &Mutex::default()).await
+    }
+
     /// Reads on from where the last one ended.
     async fn read(&self, stream: &str, read: &Mutex<Read>) -> Result<Vec<StreamMessage>, Trouble> {
         let context = jetstream::new(self.client.clone());
