@@ -6,9 +6,9 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use async_nats::jetstream::Context;
 use async_nats::jetstream::kv::{self, Operation, UpdateErrorKind};
 use async_nats::jetstream::stream::Stream;
-use async_nats::jetstream::{Context, ErrorCode};
 use bytes::Bytes;
 use tokio::time::timeout;
 
@@ -226,11 +226,7 @@ impl Records {
             Err(error) => {
                 use async_nats::jetstream::stream::RawMessageErrorKind;
                 return match error.kind() {
-                    RawMessageErrorKind::JetStream(e)
-                        if e.error_code() == ErrorCode::NO_MESSAGE_FOUND =>
-                    {
-                        Ok(false)
-                    }
+                    RawMessageErrorKind::NoMessageFound => Ok(false),
                     _ => Err(()),
                 };
             }
