@@ -92,6 +92,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     let runner = Arc::new(runner);
     let intake = Intake {
         connection: connection.clone(),
+        subjects: config.subjects.clone(),
         runner: runner.clone(),
         slots: Slots::new(config.max_containers),
         jobs: TaskTracker::new(),
@@ -240,7 +241,7 @@ async fn durable(
         &config.subjects,
         &config.queue_group,
         &config.streams,
-        config.max_attempts,
+        config.max_attempts + source::jetstream::SPARE_DELIVERIES,
         config.object_limit > 0,
     ));
     let mut failures = 0;
@@ -254,6 +255,11 @@ async fn durable(
                     tracing::warn!(why, "JetStream does not answer yet; trying on");
                 }
                 tokio::time::sleep(SETUP_RETRY.delay(failures)).await;
+            }
+            Err(SetupError::Unavailable(_)) if config.delivery == Delivery::JetStream => {
+                let why =
+                    "this NATS user may not publish to $JS.API.>: grant it, or connect as another";
+                return Err(SetupError::Absent(why.to_owned()));
             }
             Err(error @ SetupError::Unfit(_)) => return Err(error),
             Err(error) if config.delivery == Delivery::JetStream => return Err(error),
@@ -293,7 +299,7 @@ async fn set_up(
 fn source_options(config: &Config) -> source::jetstream::Options {
     source::jetstream::Options {
         ack_wait: config.streams.ack_wait,
-        max_deliver: config.max_attempts,
+        max_attempts: config.max_attempts,
         max_age: config.streams.queue_max_age,
     }
 }
@@ -329,6 +335,7 @@ fn runner_options(config: &Config, worker: &str) -> runner::Options {
         subjects: config.subjects.clone(),
         max_attempts: config.max_attempts,
         output_limit: config.output_limit,
+        look_interval: config.streams.ack_wait / 3,
         live_logs: config.live_logs,
         live_logs_buffer: config.live_logs_buffer,
         stop_grace: config.stop_grace,

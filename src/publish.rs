@@ -15,6 +15,7 @@ use crate::job::{JobError, JobId, Outcome};
 use crate::live::{Chunk, End, LiveLog};
 use crate::nats::Connection;
 use crate::protocol::dead_letter::{DeadLetter, Undelivered, dead_letter};
+use crate::protocol::outcome::ResultMessage;
 use crate::protocol::record::Record;
 use crate::protocol::{Subjects, headers, outcome};
 use crate::retry::Backoff;
@@ -71,6 +72,12 @@ impl Publisher {
         Self { streams: Some(Streams { jetstream, topology }), ..self }
     }
 
+    /// The most bytes of a message, its headers included.
+    #[must_use]
+    pub fn max_payload(&self) -> usize {
+        self.connection.client.max_payload()
+    }
+
     /// The most bytes of an outcome's JSON.
     #[must_use]
     pub fn json_limit(&self) -> usize {
@@ -80,11 +87,9 @@ impl Publisher {
     /// Stores the result in its stream, again until the server has confirmed it; waits for as long
     /// as it takes, and the caller bounds the wait. The stream recognises what it has by the
     /// job's id.
-    pub async fn store(&self, outcome: &Outcome) {
-        let limit = self.connection.client.max_payload();
-        let message = outcome::result_message(outcome, limit);
-        let headers = header_map(message.headers);
-        self.keep(&outcome.id, &self.subjects.results, headers, message.body).await;
+    pub async fn store(&self, id: &JobId, result: ResultMessage) {
+        let ResultMessage { headers, body } = result;
+        self.keep(id, &self.subjects.results, header_map(headers), body).await;
     }
 
     /// Publishes the request as a dead letter: into its stream where there is one, again until the
@@ -161,7 +166,7 @@ impl Publisher {
 
     /// Publishes what a function prints while it runs; at most `limit` bytes of it wait here.
     #[must_use]
-    pub fn live_log(&self, id: &JobId, limit: usize) -> LiveLog {
+    pub fn live_log(&self, id: &JobId, attempt: u32, limit: usize) -> LiveLog {
         let client = self.connection.client.clone();
         let subjects =
             [Stream::Stdout, Stream::Stderr].map(|s| Subject::from(self.subjects.logs(id, s)));
@@ -173,7 +178,7 @@ impl Publisher {
                 Stream::Stdout => stdout.clone(),
                 Stream::Stderr => stderr.clone(),
             };
-            let headers = header_map(live_headers(&id, &chunk));
+            let headers = header_map(live_headers(&id, attempt, &chunk));
             let client = client.clone();
             async move {
                 if let Err(error) = client.publish_with_headers(subject, headers, chunk.bytes).await
@@ -252,9 +257,10 @@ impl Publisher {
     }
 }
 
-fn live_headers(id: &JobId, chunk: &Chunk) -> Vec<(&'static str, String)> {
+fn live_headers(id: &JobId, attempt: u32, chunk: &Chunk) -> Vec<(&'static str, String)> {
     let mut headers = vec![
         (headers::JOB_ID, id.to_string()),
+        (headers::JOB_ATTEMPT, attempt.to_string()),
         (headers::SEQ, chunk.seq.to_string()),
         (headers::OFFSET, chunk.offset.to_string()),
     ];

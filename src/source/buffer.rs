@@ -234,6 +234,7 @@ mod tests {
             received: std::time::Instant::now(),
             attempt: 1,
             sequence: None,
+            delivery: None,
             priority: None,
             expires_at: None,
         }

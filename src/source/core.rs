@@ -181,7 +181,7 @@ pub fn received(message: async_nats::Message) -> Message {
     let received_at = SystemTime::now();
     Message {
         payload: message.payload,
-        expires_at: expiry(&headers, received_at),
+        expires_at: expiry(&headers, received_at).unwrap_or_default(),
         headers,
         subject: message.subject.to_string(),
         id,
@@ -191,6 +191,7 @@ pub fn received(message: async_nats::Message) -> Message {
         received: Instant::now(),
         attempt: 1,
         sequence: None,
+        delivery: None,
         priority: None,
     }
 }

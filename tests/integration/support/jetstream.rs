@@ -137,16 +137,21 @@ impl Ledger {
         .await
     }
 
-    /// How many requests wait or are being worked on.
+    /// How many requests the stream has: those that wait, and those that are being worked on.
     pub(crate) async fn queue_messages(&self) -> u64 {
         self.stream(QUEUE).await.unwrap().cached_info().state.messages
     }
 
-    /// Waits until every request is settled.
+    /// Waits until every request is settled. The consumers are asked, since a 2.9 server that was
+    /// killed shows what they had settled in the stream again, for ever.
     pub(crate) async fn settled(&self) {
-        patiently("no request is in the queue", async || {
+        patiently("no consumer has a request left", async || {
             let queue = self.stream(QUEUE).await.ok()?;
-            (queue.cached_info().state.messages == 0).then_some(())
+            let consumers: Vec<consumer::Info> = queue.consumers().try_collect().await.ok()?;
+            let done = |consumer: &consumer::Info| {
+                consumer.num_pending == 0 && consumer.num_ack_pending == 0
+            };
+            (!consumers.is_empty() && consumers.iter().all(done)).then_some(())
         })
         .await;
     }
