@@ -18,10 +18,11 @@ const AT_ONCE: usize = 2;
 const REST: Duration = Duration::from_secs(2);
 
 /// Where a daemon can be told to abort, in the order a job comes past.
-pub(crate) const FAILPOINTS: [&str; 6] = [
+pub(crate) const FAILPOINTS: [&str; 7] = [
     "job.claimed",
     "container.created",
     "function.ended",
+    "outcome.decided",
     "result.published",
     "record.written",
     "delivery.acked",
