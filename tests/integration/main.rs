@@ -10,9 +10,11 @@
 
 mod support;
 
+mod chaos;
 mod commands;
 mod confinement;
 mod connections;
+mod durability;
 mod faults;
 mod images;
 mod lifecycle;
