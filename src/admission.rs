@@ -34,6 +34,26 @@ impl Slots {
         }
     }
 
+    /// Waits until a slot is free, behind those who wait for one, and leaves it free. Returns how
+    /// many there are. Cancel-safe.
+    pub async fn free(&self) -> usize {
+        drop(self.take().await);
+        self.semaphore.available_permits().max(1)
+    }
+
+    /// A slot, if one is free and nobody waits for it.
+    #[must_use]
+    pub fn try_take(&self) -> Option<Slot> {
+        let permit = self.semaphore.clone().try_acquire_owned().ok()?;
+        Some(Slot { _permit: permit })
+    }
+
+    /// Whether all slots are taken.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.semaphore.available_permits() == 0
+    }
+
     /// Waits for a slot no longer than `patience`.
     pub async fn take_within(&self, patience: Duration) -> Option<Slot> {
         tokio::time::timeout(patience, self.take()).await.ok()

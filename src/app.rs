@@ -4,33 +4,38 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use async_nats::jetstream;
+use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admission::Slots;
 use crate::backend::docker::{self, Docker};
 use crate::backend::{Backend, PreflightError};
-use crate::config::{Config, EX_CONFIG};
-use crate::health::{Health, down, reap, up, watch_engine};
-use crate::job::{JobError, code};
+use crate::config::{Config, Delivery, EX_CONFIG};
+use crate::health::{Health, reap, up, watch_engine};
+use crate::intake::Intake;
 use crate::nats::Connection;
+use crate::objects::Objects;
 use crate::publish::Publisher;
+use crate::retry::Backoff;
 use crate::runner::{self, Runner};
 use crate::shutdown::{Shutdown, Signals};
 use crate::source::buffer::Limits;
-use crate::source::core::{CoreSource, Once, received};
-use crate::source::{Delivery, Message, Source};
+use crate::source::core::CoreSource;
+use crate::source::jetstream::JetStreamSource;
+use crate::source::{self, Source};
+use crate::state::Records;
+use crate::topology::{self, SetupError, Topology};
+use crate::undertaker::Undertaker;
 
 /// Beyond the stopped functions' own grace and what they print: time to remove and to flush.
 const LAST_RITES: Duration = Duration::from_secs(10);
 /// How long a forced end may take to kill and remove what still runs.
 const FORCED_RITES: Duration = Duration::from_secs(5);
-/// Answers under way at once to requests that found the buffer full.
-const REFUSALS: usize = 64;
-/// What a `run` request that waits for a slot counts for beside its own bytes.
-const RUN_OVERHEAD: usize = 2048;
+/// Delays between tries to set up durable delivery.
+const SETUP_RETRY: Backoff =
+    Backoff { first: Duration::from_millis(200), most: Duration::from_secs(5) };
 
 /// Room between the socket and the buffer, in messages: enough that the buffer decides what is
 /// refused, not the client library, which would drop silently.
@@ -64,39 +69,67 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
             return Ok(EX_CONFIG);
         }
     };
-    let publisher = Publisher::new(connection.clone(), &config.subjects);
     let shutdown = Shutdown::default();
+    let durable = tokio::select! {
+        durable = durable(&connection, &config, &worker) => match durable {
+            Ok(durable) => durable,
+            Err(why) => {
+                tracing::error!("{why}");
+                return Ok(EX_CONFIG);
+            }
+        },
+        _ = signals.next() => return Ok(0),
+    };
     let (suspicions, suspected) = watch::channel(0);
-    let runner = Arc::new(Runner::new(
-        backend.clone(),
-        publisher,
-        runner_options(&config, &worker),
-        shutdown.clone(),
-        suspicions,
-    ));
-    let daemon = Daemon {
+    let publisher = Publisher::new(connection.clone(), &config.subjects);
+    let options = runner_options(&config, &worker);
+    let mut runner =
+        Runner::new(backend.clone(), publisher.clone(), options, shutdown.clone(), suspicions);
+    if let Some(Durable { jetstream, topology, records, objects }) = &durable {
+        let publisher = publisher.durable(jetstream.clone(), topology.clone());
+        runner = runner.durable(publisher, records.clone(), objects.clone());
+    }
+    let runner = Arc::new(runner);
+    let intake = Intake {
         connection: connection.clone(),
-        runner,
+        runner: runner.clone(),
         slots: Slots::new(config.max_containers),
         jobs: TaskTracker::new(),
         shutdown: shutdown.clone(),
         run_slot_timeout: config.run_slot_timeout,
         buffer_bytes: config.buffer_bytes,
+        records: durable.as_ref().map(|durable| durable.records.clone()),
     };
-
-    let (source, refused) = CoreSource::subscribe(
-        &connection,
-        &config.subjects.execute,
-        &config.queue_group,
-        Limits { messages: config.buffer_messages, bytes: config.buffer_bytes },
-    )
-    .await?;
-    let run_requests = connection
-        .client
-        .queue_subscribe(config.subjects.run.clone(), config.queue_group.clone())
-        .await?;
-
     let (health, engine_up) = watch::channel(Health::Unknown);
+    let broken = CancellationToken::new();
+    let mut parts = Vec::new();
+    let source: Box<dyn Source> = match &durable {
+        Some(Durable { jetstream, topology, .. }) => Box::new(JetStreamSource::new(
+            connection.clone(),
+            jetstream.clone(),
+            topology.clone(),
+            config.subjects.clone(),
+            source_options(&config),
+        )),
+        None => {
+            let (source, refused) = CoreSource::subscribe(
+                &connection,
+                &config.subjects.execute,
+                &config.queue_group,
+                Limits { messages: config.buffer_messages, bytes: config.buffer_bytes },
+            )
+            .await?;
+            parts.push(guarded(&broken, intake.clone().answer_refused(refused)));
+            Box::new(source)
+        }
+    };
+    let client = &connection.client;
+    let run_requests =
+        client.queue_subscribe(config.subjects.run.clone(), config.queue_group.clone()).await?;
+    let cancellations = client.subscribe(config.subjects.cancel.clone()).await?;
+    parts.push(guarded(&broken, intake.clone().execute(source, engine_up.clone())));
+    parts.push(guarded(&broken, intake.clone().run(run_requests, engine_up.clone())));
+
     let background = TaskTracker::new();
     let ended = CancellationToken::new();
     let spawn = |task: futures::future::BoxFuture<'static, ()>| {
@@ -108,13 +141,20 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     let (unfit_found, unfit) = oneshot::channel();
     spawn(Box::pin(watch_engine(backend.clone(), health, suspected, unfit_found)));
     spawn(Box::pin(reap(backend.clone(), engine_up.clone(), config.reap_interval)));
-    spawn(Box::pin(announce(connection.clone(), engine_up.clone(), config.clone(), worker)));
-    let broken = CancellationToken::new();
-    let intake = [
-        guarded(&broken, daemon.clone().execute(source, engine_up.clone())),
-        guarded(&broken, daemon.clone().answer_refused(refused)),
-        guarded(&broken, daemon.clone().run(run_requests, engine_up.clone())),
-    ];
+    spawn(Box::pin(intake.clone().cancel(cancellations)));
+    let delivery = if durable.is_some() { "jetstream" } else { "core" };
+    let ready = announce(connection.clone(), engine_up.clone(), config.clone(), worker, delivery);
+    spawn(Box::pin(ready));
+    if let Some(Durable { jetstream, topology, .. }) = durable {
+        let undertaker = Undertaker {
+            connection: connection.clone(),
+            jetstream,
+            topology,
+            subjects: config.subjects.clone(),
+            runner,
+        };
+        spawn(Box::pin(undertaker.run()));
+    }
 
     let (drained_code, forced_code) = tokio::select! {
         forced_code = signals.next() => (0, forced_code),
@@ -128,9 +168,9 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
             (1, 1)
         }
     };
-    tracing::info!(jobs = daemon.jobs.len(), "draining: no more requests are taken");
+    tracing::info!(jobs = intake.jobs.len(), "draining: no more requests are taken");
     shutdown.draining.cancel();
-    let drained = daemon.drain(intake, &config);
+    let drained = drain(&intake, parts, &config);
     tokio::pin!(drained);
     let exit_code = tokio::select! {
         all_ended = &mut drained => if all_ended { drained_code } else { 1 },
@@ -172,6 +212,92 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     Ok(exit_code)
 }
 
+/// What durable delivery is made of.
+struct Durable {
+    jetstream: jetstream::Context,
+    topology: Arc<Topology>,
+    records: Records,
+    objects: Option<Objects>,
+}
+
+/// Sets up durable delivery, or nothing where there is to be none. Waits for a server as long as it
+/// takes: what it offers decides.
+///
+/// # Errors
+/// The settings ask for what the server does not have.
+async fn durable(
+    connection: &Connection,
+    config: &Config,
+    worker: &str,
+) -> Result<Option<Durable>, SetupError> {
+    if config.delivery == Delivery::Core {
+        return Ok(None);
+    }
+    let jetstream = jetstream::context::ContextBuilder::new()
+        .timeout(topology::API_TIMEOUT)
+        .build(connection.client.clone());
+    let topology = Arc::new(Topology::new(
+        &config.subjects,
+        &config.queue_group,
+        &config.streams,
+        config.max_attempts,
+        config.object_limit > 0,
+    ));
+    let mut failures = 0;
+    loop {
+        connection.connected().await;
+        match set_up(connection, config, worker, &jetstream, &topology).await {
+            Ok(durable) => return Ok(Some(durable)),
+            Err(SetupError::Unavailable(why)) if !connection.api_denied() => {
+                failures += 1;
+                if failures == 1 {
+                    tracing::warn!(why, "JetStream does not answer yet; trying on");
+                }
+                tokio::time::sleep(SETUP_RETRY.delay(failures)).await;
+            }
+            Err(error @ SetupError::Unfit(_)) => return Err(error),
+            Err(error) if config.delivery == Delivery::JetStream => return Err(error),
+            Err(error) => {
+                tracing::warn!(
+                    %error,
+                    "no JetStream: requests are delivered by plain NATS, and those that wait in this daemon are lost with it"
+                );
+                return Ok(None);
+            }
+        }
+    }
+}
+
+async fn set_up(
+    connection: &Connection,
+    config: &Config,
+    worker: &str,
+    jetstream: &jetstream::Context,
+    topology: &Arc<Topology>,
+) -> Result<Durable, SetupError> {
+    topology.ensure(jetstream).await?;
+    let records =
+        Records::new(connection.clone(), jetstream.clone(), topology.clone(), worker.to_owned());
+    let records = records.await?;
+    let objects = if config.object_limit > 0 {
+        let bucket = &topology.names.objects;
+        let store = jetstream.get_object_store(bucket).await;
+        let store = store.map_err(|e| SetupError::Unavailable(e.to_string()))?;
+        Some(Objects::new(store, bucket.clone(), config.object_limit))
+    } else {
+        None
+    };
+    Ok(Durable { jetstream: jetstream.clone(), topology: topology.clone(), records, objects })
+}
+
+fn source_options(config: &Config) -> source::jetstream::Options {
+    source::jetstream::Options {
+        ack_wait: config.streams.ack_wait,
+        max_deliver: config.max_attempts,
+        max_age: config.streams.queue_max_age,
+    }
+}
+
 /// Spawns a part of the intake that ends only with the drain; `broken` is cancelled when it ends,
 /// however that comes about.
 fn guarded(
@@ -203,6 +329,8 @@ fn runner_options(config: &Config, worker: &str) -> runner::Options {
         subjects: config.subjects.clone(),
         max_attempts: config.max_attempts,
         output_limit: config.output_limit,
+        live_logs: config.live_logs,
+        live_logs_buffer: config.live_logs_buffer,
         stop_grace: config.stop_grace,
         kill_patience: config.engine_timeout,
         publish_timeout: config.publish_timeout,
@@ -218,160 +346,34 @@ fn instance_name() -> String {
     format!("{host}-{:08x}", unique & 0xffff_ffff)
 }
 
-/// The parts that take work and hand it to the runner.
-#[derive(Clone)]
-struct Daemon {
-    connection: Connection,
-    runner: Arc<Runner>,
-    slots: Slots,
-    jobs: TaskTracker,
-    shutdown: Shutdown,
-    run_slot_timeout: Duration,
-    buffer_bytes: usize,
+/// Sees every job to its end: by itself within the grace, stopped after it. Returns whether
+/// all of them got there.
+async fn drain(intake: &Intake, parts: Vec<tokio::task::JoinHandle<()>>, config: &Config) -> bool {
+    let all_ended = async {
+        // One that broke down was reported when it did.
+        futures::future::join_all(parts).await;
+        intake.jobs.close();
+        intake.jobs.wait().await;
+    };
+    tokio::pin!(all_ended);
+    if tokio::time::timeout(config.shutdown_grace, &mut all_ended).await.is_ok() {
+        return true;
+    }
+    tracing::warn!(jobs = intake.jobs.len(), "SHUTDOWN_GRACE is over: stopping what still runs");
+    intake.shutdown.stopping.cancel();
+    // First the functions' own end, then a moment to say so.
+    let patience = config.stop_grace + runner::LAST_PATIENCE + config.publish_timeout;
+    silence_after(&intake.shutdown, patience);
+    let patience = patience + LAST_RITES;
+    let all_ended = tokio::time::timeout(patience, &mut all_ended).await.is_ok();
+    if !all_ended {
+        tracing::error!(
+            jobs = intake.jobs.len(),
+            "jobs are still not done with; their containers are left to the next start"
+        );
+    }
+    all_ended
 }
-
-impl Daemon {
-    /// Runs what `execute` asks for: a healthy engine first, then a slot, and only then is the
-    /// request taken.
-    async fn execute(self, mut source: impl Source, mut engine: watch::Receiver<Health>) {
-        loop {
-            let Some(slot) = self
-                .unless_draining(async {
-                    up(&mut engine).await;
-                    source.ready().await;
-                    self.slots.take().await
-                })
-                .await
-            else {
-                break;
-            };
-            let next = self.unless_draining(async {
-                tokio::select! {
-                    delivery = source.next() => Some(delivery),
-                    // Back to waiting: what is taken now would only fail.
-                    () = down(&mut engine) => None,
-                }
-            });
-            match next.await {
-                Some(Some(delivery)) => self.spawn_job(delivery, slot),
-                Some(None) => {}
-                None => break,
-            }
-        }
-        for message in source.close().await {
-            self.refuse(message, shutting_down());
-        }
-    }
-
-    /// Answers what found the buffer full.
-    async fn answer_refused(self, mut refused: mpsc::Receiver<Message>) {
-        let refused = futures::stream::poll_fn(move |context| refused.poll_recv(context));
-        refused
-            .for_each_concurrent(REFUSALS, |message| async {
-                let error = JobError::new(
-                    code::BUFFER_FULL,
-                    "this worker has as many requests waiting as it can hold; try again later",
-                );
-                self.runner.refuse(message, error).await;
-            })
-            .await;
-    }
-
-    /// Runs what `run` asks for, or says at once that it cannot.
-    async fn run(self, mut requests: async_nats::Subscriber, engine: watch::Receiver<Health>) {
-        // In KiB: what waits here is bounded as the buffer of the other requests is.
-        let places = u32::try_from(self.buffer_bytes >> 10).unwrap_or(u32::MAX).min(1 << 29);
-        let waiting = Arc::new(Semaphore::new(places as usize));
-        let mut count = 0;
-        while let Some(Some(message)) = self.unless_draining(requests.next()).await {
-            count += 1;
-            let message = received(message);
-            if *engine.borrow() == Health::Down {
-                let error = JobError::new(
-                    code::ENGINE_UNAVAILABLE,
-                    "the container engine is away; try again later",
-                );
-                self.refuse(message, error);
-                continue;
-            }
-            let weight = u32::try_from((message.size + RUN_OVERHEAD) >> 10).unwrap_or(u32::MAX);
-            let weight = weight.min(places);
-            let Ok(place) = waiting.clone().try_acquire_many_owned(weight) else {
-                self.refuse(message, busy(self.run_slot_timeout));
-                continue;
-            };
-            let daemon = self.clone();
-            self.jobs.spawn(async move {
-                let patience = daemon.run_slot_timeout;
-                let slot = daemon.unless_draining(daemon.slots.take_within(patience)).await;
-                drop(place);
-                match slot {
-                    Some(Some(slot)) => {
-                        let delivery = Delivery { message, settle: Box::new(Once) };
-                        daemon.runner.handle(delivery, slot).await;
-                    }
-                    Some(None) => {
-                        daemon.runner.refuse(message, busy(patience)).await;
-                    }
-                    None => daemon.runner.refuse(message, shutting_down()).await,
-                }
-            });
-        }
-        // What came in before the end of the subscription is answered, too.
-        for message in self.connection.unsubscribe(&mut requests, count).await {
-            self.refuse(received(message), shutting_down());
-        }
-    }
-
-    fn spawn_job(&self, delivery: Delivery, slot: crate::admission::Slot) {
-        let runner = self.runner.clone();
-        self.jobs.spawn(async move { runner.handle(delivery, slot).await });
-    }
-
-    fn refuse(&self, message: Message, error: JobError) {
-        let runner = self.runner.clone();
-        self.jobs.spawn(async move { runner.refuse(message, error).await });
-    }
-
-    /// The future's value, or nothing if the drain begins first.
-    async fn unless_draining<T>(&self, future: impl Future<Output = T>) -> Option<T> {
-        tokio::select! {
-            biased;
-            () = self.shutdown.draining.cancelled() => None,
-            value = future => Some(value),
-        }
-    }
-
-    /// Sees every job to its end: by itself within the grace, stopped after it. Returns whether
-    /// all of them got there.
-    async fn drain(&self, intake: [tokio::task::JoinHandle<()>; 3], config: &Config) -> bool {
-        let all_ended = async {
-            // One that broke down was reported when it did.
-            futures::future::join_all(intake).await;
-            self.jobs.close();
-            self.jobs.wait().await;
-        };
-        tokio::pin!(all_ended);
-        if tokio::time::timeout(config.shutdown_grace, &mut all_ended).await.is_ok() {
-            return true;
-        }
-        tracing::warn!(jobs = self.jobs.len(), "SHUTDOWN_GRACE is over: stopping what still runs");
-        self.shutdown.stopping.cancel();
-        // First the functions' own end, then a moment to say so.
-        let patience = config.stop_grace + runner::LAST_PATIENCE + config.publish_timeout;
-        silence_after(&self.shutdown, patience);
-        let patience = patience + LAST_RITES;
-        let all_ended = tokio::time::timeout(patience, &mut all_ended).await.is_ok();
-        if !all_ended {
-            tracing::error!(
-                jobs = self.jobs.len(),
-                "jobs are still not done with; their containers are left to the next start"
-            );
-        }
-        all_ended
-    }
-}
-
 /// Ends all publishing after a while.
 fn silence_after(shutdown: &Shutdown, patience: Duration) {
     let silent = shutdown.silent.clone();
@@ -381,24 +383,13 @@ fn silence_after(shutdown: &Shutdown, patience: Duration) {
     });
 }
 
-fn busy(patience: Duration) -> JobError {
-    let patience = humantime::format_duration(patience);
-    JobError::new(code::BUSY, format!("no slot came free within {patience}; try again later"))
-}
-
-fn shutting_down() -> JobError {
-    JobError::new(
-        code::SHUTTING_DOWN,
-        "the worker shut down before the function began; send it again",
-    )
-}
-
 /// Says once that requests are taken and can be run.
 async fn announce(
     connection: Connection,
     mut engine: watch::Receiver<Health>,
     config: Config,
     worker: String,
+    delivery: &'static str,
 ) {
     connection.connected().await;
     // The subscriptions have reached the server when this returns.
@@ -406,6 +397,7 @@ async fn announce(
     up(&mut engine).await;
     tracing::info!(
         worker,
+        delivery,
         subject = config.subjects.execute,
         queue_group = config.queue_group,
         max_containers = config.max_containers,

@@ -80,6 +80,24 @@ impl Capture {
 }
 
 impl Captured {
+    /// Keeps the first `limit` bytes of each stream and counts the rest as dropped.
+    pub fn cut(&mut self, limit: usize) {
+        for (kept, dropped) in [
+            (&mut self.stdout, &mut self.stdout_dropped),
+            (&mut self.stderr, &mut self.stderr_dropped),
+        ] {
+            *dropped += kept.len().saturating_sub(limit) as u64;
+            kept.truncate(limit);
+        }
+        // The order is of what is left: each run as far as its stream goes.
+        let mut left = [self.stdout.len(), self.stderr.len()];
+        for (index, length) in self.runs.iter_mut().enumerate() {
+            let left = &mut left[index % 2];
+            *length = u32::try_from((*length as usize).min(*left)).unwrap_or(u32::MAX);
+            *left -= *length as usize;
+        }
+    }
+
     /// Both streams in the order they arrived, at most `limit` bytes, and whether anything was
     /// cut off here.
     #[must_use]
@@ -144,6 +162,27 @@ mod tests {
         let c = capture(9, &[(Stream::Stderr, "E"), (Stream::Stderr, "F"), (Stream::Stdout, "o")]);
         assert_eq!(c.interleaved(9).0, "EFo");
         assert_eq!(c.interleaved(2), (Bytes::from_static(b"EF"), true));
+    }
+
+    #[test]
+    fn what_is_cut_later_is_as_if_it_had_never_been_kept() {
+        let chunks = [
+            (Stream::Stderr, "ab"),
+            (Stream::Stdout, "cdef"),
+            (Stream::Stderr, "ghij"),
+            (Stream::Stdout, "k"),
+        ];
+        for limit in 0..8 {
+            let mut cut = capture(100, &chunks);
+            cut.cut(limit);
+            let kept = capture(limit, &chunks);
+            assert_eq!((&cut.stdout, &cut.stderr), (&kept.stdout, &kept.stderr));
+            assert_eq!(
+                (cut.stdout_dropped, cut.stderr_dropped),
+                (kept.stdout_dropped, kept.stderr_dropped)
+            );
+            assert_eq!(cut.interleaved(100), kept.interleaved(100));
+        }
     }
 
     #[test]

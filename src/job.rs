@@ -130,6 +130,17 @@ pub enum Status {
 }
 
 impl Status {
+    /// Every status.
+    pub const ALL: [Self; 7] = [
+        Self::Succeeded,
+        Self::Failed,
+        Self::TimedOut,
+        Self::OutOfMemory,
+        Self::Cancelled,
+        Self::Rejected,
+        Self::Error,
+    ];
+
     /// The name on the wire.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -151,12 +162,95 @@ impl fmt::Display for Status {
     }
 }
 
+impl FromStr for Status {
+    type Err = UnknownName;
+
+    fn from_str(s: &str) -> Result<Self, UnknownName> {
+        Self::ALL.into_iter().find(|status| status.as_str() == s).ok_or(UnknownName)
+    }
+}
+
+/// A word that is none of those it could be.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("is none of the known names")]
+pub struct UnknownName;
+
+/// Before which other jobs a job is run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Priority {
+    /// Before all others.
+    High,
+    /// After those of high priority.
+    #[default]
+    Normal,
+    /// When nothing else waits.
+    Low,
+}
+
+impl Priority {
+    /// Every priority, the highest first.
+    pub const ALL: [Self; 3] = [Self::High, Self::Normal, Self::Low];
+
+    /// Whether jobs of this priority go before those of the other one.
+    #[must_use]
+    pub fn is_before(self, other: Self) -> bool {
+        let rank = |priority| Self::ALL.iter().position(|p| *p == priority);
+        rank(self) < rank(other)
+    }
+
+    /// The name on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::High => "high",
+            Self::Normal => "normal",
+            Self::Low => "low",
+        }
+    }
+}
+
+impl fmt::Display for Priority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Priority {
+    type Err = UnknownName;
+
+    fn from_str(s: &str) -> Result<Self, UnknownName> {
+        Self::ALL.into_iter().find(|priority| priority.as_str() == s).ok_or(UnknownName)
+    }
+}
+
+/// Which of a function's own failures are tried again, because the request asked for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Retry {
+    /// How many attempts the job has in all.
+    pub max_attempts: u32,
+    /// The endings that are tried again; of [`Retry::STATUSES`], each at most once.
+    pub on: Vec<Status>,
+}
+
+impl Retry {
+    /// The endings a request may ask to be tried again.
+    pub const STATUSES: [Status; 3] = [Status::Failed, Status::TimedOut, Status::OutOfMemory];
+
+    /// Whether a job whose attempt number `attempt`, from 1, ended with `status` is tried again.
+    #[must_use]
+    pub fn covers(&self, status: Status, attempt: u32) -> bool {
+        attempt < self.max_attempts && self.on.contains(&status)
+    }
+}
+
 /// The dotted error codes. Stable: callers match on them.
 pub mod code {
     /// The payload is no JSON object.
     pub const INVALID_JSON: &str = "request.invalid_json";
     /// A field is unknown, missing, of the wrong type or out of bounds.
     pub const INVALID_FIELD: &str = "request.invalid_field";
+    /// The object that standard input comes from does not exist, or cannot be used.
+    pub const STDIN_NOT_FOUND: &str = "request.stdin_not_found";
     /// The image matches no pattern of `IMAGE_ALLOWLIST`.
     pub const IMAGE_NOT_ALLOWED: &str = "image.not_allowed";
     /// Neither the engine nor the registry has the image.
@@ -191,10 +285,18 @@ pub mod code {
     pub const JOB_TIMED_OUT: &str = "job.timed_out";
     /// The function was killed for want of memory.
     pub const JOB_OUT_OF_MEMORY: &str = "job.out_of_memory";
+    /// Somebody asked for the job to be cancelled.
+    pub const JOB_CANCELLED: &str = "job.cancelled";
+    /// The job's time was over before it began.
+    pub const JOB_EXPIRED: &str = "job.expired";
+    /// The job was delivered `MAX_DELIVER` times, and no worker said what became of it.
+    pub const MAX_DELIVER: &str = "job.max_deliver";
     /// The worker shut down before the function ended.
     pub const JOB_STOPPED: &str = "job.stopped";
     /// The worker shut down before the job began.
     pub const SHUTTING_DOWN: &str = "worker.shutting_down";
+    /// JetStream's object store cannot be read just now.
+    pub const OBJECT_STORE: &str = "object_store.unavailable";
     /// No slot came free in time.
     pub const BUSY: &str = "busy";
     /// The buffer of waiting requests is full.
@@ -298,6 +400,21 @@ impl StartKind {
     }
 }
 
+/// How far the pull of an image is.
+///
+/// The totals grow while the engine finds out what there is to pull.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct PullProgress {
+    /// The layers known so far.
+    pub layers: u64,
+    /// Those of them that are there.
+    pub layers_done: u64,
+    /// The bytes to be fetched, as far as they are known.
+    pub bytes: u64,
+    /// Those of them that were fetched.
+    pub bytes_done: u64,
+}
+
 /// How long each stage took. Absent: the stage was not reached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timings {
@@ -324,6 +441,28 @@ pub struct Usage {
     pub memory_peak_bytes: Option<u64>,
 }
 
+/// An object in a bucket that holds what does not fit into a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObjectRef {
+    /// The bucket.
+    pub bucket: String,
+    /// The object's name in it.
+    pub name: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Its digest, as the object store gives it.
+    pub digest: String,
+}
+
+/// Where the streams are that did not fit into a message.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Objects {
+    /// Standard output.
+    pub stdout: Option<ObjectRef>,
+    /// Standard error.
+    pub stderr: Option<ObjectRef>,
+}
+
 /// What became of a job, and what it printed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {
@@ -339,6 +478,10 @@ pub struct Outcome {
     pub error: Option<JobError>,
     /// What it printed.
     pub output: crate::capture::Captured,
+    /// Where the streams are that did not fit.
+    pub objects: Objects,
+    /// Bytes of output that were not published while the function ran, for want of time.
+    pub live_logs_dropped: u64,
     /// Whether the kernel killed a process of the job for want of memory.
     pub oom_killed: Option<bool>,
     /// Which attempt this was, from 1.
@@ -380,6 +523,26 @@ mod tests {
         assert_eq!(error.message, "a b?[31m?é");
         let long = JobError::new(code::INVALID_FIELD, "é".repeat(100_000)).message;
         assert!(long.len() <= MAX_MESSAGE_LENGTH + 3 && long.ends_with("é…"));
+    }
+
+    #[test]
+    fn names_are_read_back() {
+        for status in Status::ALL {
+            assert_eq!(status.as_str().parse(), Ok(status));
+        }
+        for priority in Priority::ALL {
+            assert_eq!(priority.as_str().parse(), Ok(priority));
+        }
+        assert_eq!("HIGH".parse::<Priority>(), Err(UnknownName));
+        assert_eq!("".parse::<Status>(), Err(UnknownName));
+    }
+
+    #[test]
+    fn only_what_was_asked_for_is_tried_again() {
+        let retry = Retry { max_attempts: 2, on: vec![Status::Failed] };
+        assert!(retry.covers(Status::Failed, 1));
+        assert!(!retry.covers(Status::Failed, 2));
+        assert!(!retry.covers(Status::TimedOut, 1));
     }
 
     #[test]

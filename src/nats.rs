@@ -41,6 +41,8 @@ pub struct Connection {
     lost: Arc<AtomicU64>,
     /// Set when the server does not let this client use inboxes: then nothing is confirmed.
     inbox_denied: Arc<AtomicBool>,
+    /// Set when the server does not let this client use JetStream.
+    api_denied: Arc<AtomicBool>,
 }
 
 /// Why there can be no connection, whatever the server does.
@@ -72,7 +74,9 @@ impl Connection {
         let servers: Vec<ServerAddr> =
             settings.servers.iter().filter_map(|url| url.parse().ok()).collect();
         let inbox_denied = Arc::new(AtomicBool::new(false));
-        let log = StateLog::new(state, lost.clone(), inbox_denied.clone(), &servers);
+        let api_denied = Arc::new(AtomicBool::new(false));
+        let denied = [inbox_denied.clone(), api_denied.clone()];
+        let log = StateLog::new(state, lost.clone(), denied, &servers);
         let log = Arc::new(log);
         let mut options = ConnectOptions::new()
             .name(name)
@@ -107,7 +111,7 @@ impl Connection {
             options = options.add_client_certificate(cert.clone(), key.clone()).require_tls(true);
         }
         let client = options.connect(servers).await?;
-        Ok(Self { client, connected, lost, inbox_denied })
+        Ok(Self { client, connected, lost, inbox_denied, api_denied })
     }
 
     /// Waits until there is a server. Returns whether there was one all along.
@@ -125,6 +129,14 @@ impl Connection {
     #[must_use]
     pub fn epoch(&self) -> u64 {
         self.client.statistics().connects.load(Ordering::Relaxed)
+    }
+
+    /// Waits until this is no longer connection number `epoch`, or no connection at all. Cancel-safe.
+    pub async fn broken(&self, epoch: u64) {
+        let mut connected = self.connected.clone();
+        while self.epoch() == epoch && self.client.connection_state() == State::Connected {
+            let _ = tokio::time::timeout(STATE_CHECK, connected.changed()).await;
+        }
     }
 
     /// Whether the server has taken everything that was published since [`Connection::epoch`] was
@@ -197,6 +209,12 @@ impl Connection {
         rest
     }
 
+    /// Whether the server has said that this client may not use JetStream.
+    #[must_use]
+    pub fn api_denied(&self) -> bool {
+        self.api_denied.load(Ordering::Relaxed)
+    }
+
     /// How many messages the client dropped because a subscription's reader was too slow; at
     /// least, since the client reports each as it happens and may skip reports.
     #[must_use]
@@ -229,6 +247,7 @@ struct StateLog {
     said: Mutex<HashSet<String>>,
     lost: Arc<AtomicU64>,
     inbox_denied: Arc<AtomicBool>,
+    api_denied: Arc<AtomicBool>,
 }
 
 /// How many different errors are remembered as said.
@@ -238,12 +257,19 @@ impl StateLog {
     fn new(
         state: watch::Sender<bool>,
         lost: Arc<AtomicU64>,
-        inbox_denied: Arc<AtomicBool>,
+        [inbox_denied, api_denied]: [Arc<AtomicBool>; 2],
         servers: &[ServerAddr],
     ) -> Self {
         let hosts: Vec<String> =
             servers.iter().map(|s| format!("{}:{}", s.host(), s.port())).collect();
-        Self { servers: hosts.join(","), state, said: Mutex::default(), lost, inbox_denied }
+        Self {
+            servers: hosts.join(","),
+            state,
+            said: Mutex::default(),
+            lost,
+            inbox_denied,
+            api_denied,
+        }
     }
 
     fn observe(&self, event: &Event) {
@@ -251,6 +277,7 @@ impl StateLog {
             Event::Connected => {
                 self.said.lock().unwrap_or_else(PoisonError::into_inner).clear();
                 self.inbox_denied.store(false, Ordering::Relaxed);
+                self.api_denied.store(false, Ordering::Relaxed);
                 self.state.send_replace(true);
                 tracing::info!(servers = self.servers, "connected to NATS");
             }
@@ -286,7 +313,13 @@ impl StateLog {
                     "this NATS user may not use inboxes: outcomes are published without a confirmation, and some replies may be refused"
                 );
             }
-        } else if self.is_news(error) {
+        } else {
+            if error.to_lowercase().contains("permissions violation") && error.contains("$JS.API") {
+                self.api_denied.store(true, Ordering::Relaxed);
+            }
+            if !self.is_news(error) {
+                return;
+            }
             tracing::error!(error, "NATS");
         }
     }

@@ -1,20 +1,49 @@
 //! Outcomes on their way out.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
-use async_nats::HeaderMap;
+use async_nats::jetstream::Context;
+use async_nats::jetstream::context::PublishErrorKind;
+use async_nats::{HeaderMap, Subject};
+use bytes::Bytes;
+use futures::FutureExt;
 use tokio_util::sync::CancellationToken;
 
-use crate::job::Outcome;
+use crate::capture::Stream;
+use crate::job::{JobError, JobId, Outcome};
+use crate::live::{Chunk, End, LiveLog};
 use crate::nats::Connection;
-use crate::protocol::{Subjects, outcome};
+use crate::protocol::dead_letter::{DeadLetter, Undelivered, dead_letter};
+use crate::protocol::record::Record;
+use crate::protocol::{Subjects, headers, outcome};
+use crate::retry::Backoff;
+use crate::source::Message;
+use crate::topology::Topology;
 
 /// Publishes outcomes. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Publisher {
     connection: Connection,
-    results: String,
+    subjects: Subjects,
+    streams: Option<Streams>,
 }
+
+/// The streams that keep what is published.
+#[derive(Clone)]
+struct Streams {
+    jetstream: Context,
+    topology: Arc<Topology>,
+}
+
+/// Delays between tries to store what JetStream does not take.
+const TROUBLE: Backoff =
+    Backoff { first: Duration::from_millis(250), most: Duration::from_secs(10) };
+
+/// The most bytes of live output in one message.
+const MAX_CHUNK: usize = 64 << 10;
+/// A server's own framing of a message that is published to a stream, and headers the client adds.
+const ENVELOPE: usize = 512;
 
 /// How long subscribers may take to come back after an outage: NATS' client libraries wait up to two
 /// seconds between their tries by default.
@@ -33,7 +62,140 @@ impl Publisher {
     /// A publisher under these subjects.
     #[must_use]
     pub fn new(connection: Connection, subjects: &Subjects) -> Self {
-        Self { connection, results: subjects.results.clone() }
+        Self { connection, subjects: subjects.clone(), streams: None }
+    }
+
+    /// The same, on streams that keep outcomes and dead letters.
+    #[must_use]
+    pub fn durable(self, jetstream: Context, topology: Arc<Topology>) -> Self {
+        Self { streams: Some(Streams { jetstream, topology }), ..self }
+    }
+
+    /// The most bytes of an outcome's JSON.
+    #[must_use]
+    pub fn json_limit(&self) -> usize {
+        self.connection.client.max_payload().saturating_sub(ENVELOPE)
+    }
+
+    /// Stores the result in its stream, again until the server has confirmed it; waits for as long
+    /// as it takes, and the caller bounds the wait. The stream recognises what it has by the
+    /// job's id.
+    pub async fn store(&self, outcome: &Outcome) {
+        let limit = self.connection.client.max_payload();
+        let message = outcome::result_message(outcome, limit);
+        let headers = header_map(message.headers);
+        self.keep(&outcome.id, &self.subjects.results, headers, message.body).await;
+    }
+
+    /// Publishes the request as a dead letter: into its stream where there is one, again until the
+    /// server has confirmed it.
+    pub async fn bury(
+        &self,
+        message: &Message,
+        id: &JobId,
+        image: Option<&str>,
+        attempts: u32,
+        error: &JobError,
+    ) {
+        let headers: Vec<(String, String)> = message
+            .headers
+            .iter()
+            .flat_map(|(name, values)| {
+                values.iter().map(|value| (name.to_string(), value.as_str().to_owned()))
+            })
+            .collect();
+        let request = Undelivered {
+            payload: &message.payload,
+            headers: &headers,
+            id,
+            image,
+            error,
+            attempts,
+            subject: &message.subject,
+            queued_at: message.received_at,
+        };
+        let limit = self.connection.client.max_payload();
+        let DeadLetter { headers, body, .. } = dead_letter(&request, SystemTime::now(), limit);
+        self.keep(id, &self.subjects.dead_letters, header_map(headers), body).await;
+    }
+
+    /// Publishes into the stream behind `subject`, or where there is none, to whoever listens.
+    async fn keep(&self, job: &JobId, subject: &str, headers: HeaderMap, body: Bytes) {
+        let Some(Streams { jetstream, topology }) = &self.streams else {
+            let published =
+                self.connection.client.publish_with_headers(subject.to_owned(), headers, body);
+            if let Err(error) = published.await {
+                tracing::error!(%job, subject, %error, "could not publish");
+            }
+            return;
+        };
+        for failures in 1u32.. {
+            self.connection.connected().await;
+            let publish =
+                jetstream.publish_with_headers(subject.to_owned(), headers.clone(), body.clone());
+            let error = match publish.await {
+                Ok(confirmation) => match confirmation.await {
+                    Ok(_) => return,
+                    Err(error) => error,
+                },
+                Err(error) => error,
+            };
+            // Full stores and lost leaders pass; until then the job keeps its slot and its lease.
+            if failures == 1 || failures.is_multiple_of(20) {
+                tracing::warn!(%job, subject, %error, "JetStream did not confirm a message; it is sent again");
+            }
+            if error.kind() == PublishErrorKind::StreamNotFound || failures > 1 {
+                let _ = topology.ensure(jetstream).await;
+            }
+            tokio::time::sleep(TROUBLE.delay(failures)).await;
+        }
+    }
+
+    /// Publishes a job's record to whoever listens.
+    pub async fn event(&self, record: &Record) {
+        let subject = self.subjects.events(&record.id);
+        if let Err(error) = self.connection.client.publish(subject, record.encode()).await {
+            tracing::debug!(job = %record.id, %error, "could not publish an event");
+        }
+    }
+
+    /// Publishes what a function prints while it runs; at most `limit` bytes of it wait here.
+    #[must_use]
+    pub fn live_log(&self, id: &JobId, limit: usize) -> LiveLog {
+        let client = self.connection.client.clone();
+        let subjects =
+            [Stream::Stdout, Stream::Stderr].map(|s| Subject::from(self.subjects.logs(id, s)));
+        let [stdout, stderr] = subjects;
+        let id = id.clone();
+        let max_chunk = client.max_payload().saturating_sub(ENVELOPE).min(MAX_CHUNK);
+        let publish = move |stream, chunk: Chunk| {
+            let subject = match stream {
+                Stream::Stdout => stdout.clone(),
+                Stream::Stderr => stderr.clone(),
+            };
+            let headers = header_map(live_headers(&id, &chunk));
+            let client = client.clone();
+            async move {
+                if let Err(error) = client.publish_with_headers(subject, headers, chunk.bytes).await
+                {
+                    tracing::debug!(%error, "could not publish live output");
+                }
+                // Only what is on the wire makes room for more.
+                let _ = client.flush().await;
+            }
+            .boxed()
+        };
+        LiveLog::start(publish, limit, max_chunk)
+    }
+
+    /// Sends the JSON of an outcome to those who asked for it.
+    pub async fn reply(&self, job: &JobId, json: &Bytes, replies: &[String]) {
+        for reply in replies {
+            let published = self.connection.client.publish(reply.clone(), json.clone()).await;
+            if let Err(error) = published {
+                tracing::error!(%job, reply, %error, "could not reply");
+            }
+        }
     }
 
     /// Publishes `outcome` along `route`, again where the connection broke before the server
@@ -72,27 +234,43 @@ impl Publisher {
         // The server closes the connection of who sends more, and everybody's results with it.
         let limit = client.max_payload();
         let job = &outcome.id;
-        for reply in &route.replies {
+        if !route.replies.is_empty() {
             match outcome::json(outcome, limit) {
-                Ok(json) => {
-                    if let Err(error) = client.publish(reply.clone(), json).await {
-                        tracing::error!(%job, reply, %error, "could not reply");
-                    }
-                }
-                Err(error) => tracing::error!(%job, reply, %error, "could not reply"),
+                Ok(json) => self.reply(job, &json, &route.replies).await,
+                Err(error) => tracing::error!(%job, %error, "could not reply"),
             }
         }
         if route.results {
             let message = outcome::result_message(outcome, limit);
-            let mut headers = HeaderMap::new();
-            for (name, value) in message.headers {
-                headers.insert(name, value);
-            }
-            let published =
-                client.publish_with_headers(self.results.clone(), headers, message.body).await;
+            let headers = header_map(message.headers);
+            let results = self.subjects.results.clone();
+            let published = client.publish_with_headers(results, headers, message.body).await;
             if let Err(error) = published {
                 tracing::error!(%job, %error, "could not publish the result");
             }
         }
     }
+}
+
+fn live_headers(id: &JobId, chunk: &Chunk) -> Vec<(&'static str, String)> {
+    let mut headers = vec![
+        (headers::JOB_ID, id.to_string()),
+        (headers::SEQ, chunk.seq.to_string()),
+        (headers::OFFSET, chunk.offset.to_string()),
+    ];
+    if let Some(End { dropped }) = chunk.end {
+        headers.push((headers::END, "true".to_owned()));
+        if dropped > 0 {
+            headers.push((headers::DROPPED_BYTES, dropped.to_string()));
+        }
+    }
+    headers
+}
+
+fn header_map<N: AsRef<str>>(headers: Vec<(N, String)>) -> HeaderMap {
+    let mut map = HeaderMap::new();
+    for (name, value) in headers {
+        map.append(name.as_ref(), value);
+    }
+    map
 }

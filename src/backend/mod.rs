@@ -8,9 +8,10 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use tokio::sync::watch;
 
 use crate::capture::Stream;
-use crate::job::{Failure, Job, StartKind};
+use crate::job::{Failure, Job, PullProgress, StartKind};
 
 /// An engine that runs functions in containers. Shared by all jobs of an instance.
 #[async_trait]
@@ -35,6 +36,9 @@ pub trait Backend: Send + Sync + 'static {
     async fn retire(&self);
 }
 
+/// Where a run tells how far the pull of its image is; nothing while no pull is under way.
+pub type Progress = watch::Sender<Option<PullProgress>>;
+
 /// One run of one job, from its start to its clean-up.
 ///
 /// The owner calls [`Run::start`], then [`Run::next`] until it yields an exit or fails, and in
@@ -42,11 +46,12 @@ pub trait Backend: Send + Sync + 'static {
 /// succeeds. Dropping a run leaves its container to the reaper.
 #[async_trait]
 pub trait Run: Send {
-    /// Makes the image available and starts the function.
+    /// Makes the image available and starts the function. A pull that takes part in that is told
+    /// to `progress`.
     ///
     /// # Errors
     /// Says whether the request or the infrastructure is at fault.
-    async fn start(&mut self) -> Result<Started, Failure>;
+    async fn start(&mut self, progress: &Progress) -> Result<Started, Failure>;
 
     /// The next thing that happens. Cancel-safe. Output must be taken promptly: a program whose
     /// output nobody takes stands still.

@@ -35,6 +35,8 @@ pub struct Config {
     pub max_containers: usize,
     /// `MAX_DELIVER`: how many attempts a job has when the infrastructure fails it.
     pub max_attempts: u32,
+    /// The streams behind durable delivery.
+    pub streams: Streams,
     /// `BUFFER_MESSAGES`: requests that may wait in memory.
     pub buffer_messages: usize,
     /// `BUFFER_BYTES`: bytes of requests that may wait in memory.
@@ -51,6 +53,13 @@ pub struct Config {
     pub confinement: Confinement,
     /// `OUTPUT_LIMIT`: bytes kept of each output stream.
     pub output_limit: usize,
+    /// `OBJECT_LIMIT`: bytes of one output stream, or of a standard input, that go through the
+    /// object store; 0 for none.
+    pub object_limit: usize,
+    /// `LIVE_LOGS`: whether output is published while a function runs, unless its request says.
+    pub live_logs: bool,
+    /// `LIVE_LOGS_BUFFER`: bytes of a job's live output that may wait for NATS.
+    pub live_logs_buffer: usize,
     /// `STOP_GRACE`: from TERM to KILL.
     pub stop_grace: Duration,
     /// `SHUTDOWN_GRACE`: how long running functions may go on after SIGTERM.
@@ -111,10 +120,39 @@ pub struct DockerTls {
 /// Where requests come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delivery {
-    /// The best the server offers.
+    /// JetStream where the account has it, else plain NATS.
     Auto,
+    /// JetStream, and nothing else.
+    JetStream,
     /// A queue-group subscription: at most once between publisher and daemon.
     Core,
+}
+
+/// The streams behind durable delivery.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Streams {
+    /// `ACK_WAIT`: how long a worker may be silent before its job goes to another.
+    pub ack_wait: Duration,
+    /// `STREAM_REPLICAS`.
+    pub replicas: usize,
+    /// `STREAM_STORAGE`: in memory instead of in files.
+    pub in_memory: bool,
+    /// `QUEUE_MAX_MESSAGES`.
+    pub queue_max_messages: u64,
+    /// `QUEUE_MAX_BYTES`.
+    pub queue_max_bytes: u64,
+    /// `QUEUE_MAX_AGE`.
+    pub queue_max_age: Duration,
+    /// `DUPLICATE_WINDOW`.
+    pub duplicate_window: Duration,
+    /// `RESULTS_MAX_AGE`.
+    pub results_max_age: Duration,
+    /// `RESULTS_MAX_BYTES`.
+    pub results_max_bytes: u64,
+    /// `DEAD_LETTERS_MAX_AGE`.
+    pub dead_letters_max_age: Duration,
+    /// `RECORD_TTL`.
+    pub record_ttl: Duration,
 }
 
 /// The shape of the log.
@@ -145,6 +183,8 @@ pub struct Policy {
     pub allowed_networks: Vec<String>,
     /// `REPLY_PREFIXES`: what `reply_to` may begin with, beside `_INBOX.`.
     pub reply_prefixes: Vec<String>,
+    /// `MAX_DELIVER`: how many attempts a request may ask for.
+    pub max_attempts: u32,
 }
 
 /// When to pull an image.
@@ -219,6 +259,17 @@ struct Raw {
     queue_group: Option<String>,
     delivery: Option<String>,
     max_deliver: Option<String>,
+    ack_wait: Option<String>,
+    stream_replicas: Option<String>,
+    stream_storage: Option<String>,
+    queue_max_messages: Option<String>,
+    queue_max_bytes: Option<String>,
+    queue_max_age: Option<String>,
+    duplicate_window: Option<String>,
+    results_max_age: Option<String>,
+    results_max_bytes: Option<String>,
+    dead_letters_max_age: Option<String>,
+    record_ttl: Option<String>,
     buffer_messages: Option<String>,
     buffer_bytes: Option<String>,
     run_slot_timeout: Option<String>,
@@ -233,6 +284,9 @@ struct Raw {
     cpu_limit: Option<String>,
     pids_limit: Option<String>,
     output_limit: Option<String>,
+    object_limit: Option<String>,
+    live_logs: Option<String>,
+    live_logs_buffer: Option<String>,
     container_network: Option<String>,
     allowed_networks: Option<String>,
     container_user: Option<String>,
@@ -332,6 +386,7 @@ impl Config {
             config_dir: docker_dir,
         };
 
+        let max_attempts = p.number("MAX_DELIVER", raw.max_deliver, 1..=1_000);
         let policy = Policy {
             default_timeout: p.nonzero_duration("DEFAULT_TIMEOUT", raw.default_timeout),
             max_timeout: p.nonzero_duration("MAX_TIMEOUT", raw.max_timeout),
@@ -341,9 +396,49 @@ impl Config {
             network: p.network("CONTAINER_NETWORK", raw.container_network),
             allowed_networks: p.networks("ALLOWED_NETWORKS", raw.allowed_networks),
             reply_prefixes: p.reply_prefixes("REPLY_PREFIXES", raw.reply_prefixes),
+            max_attempts,
         };
         if policy.default_timeout > policy.max_timeout {
             p.say("DEFAULT_TIMEOUT", "must not be longer than MAX_TIMEOUT");
+        }
+
+        let streams = Streams {
+            ack_wait: p.duration_of_at_least("ACK_WAIT", raw.ack_wait, Duration::from_secs(1)),
+            replicas: p.choice(
+                "STREAM_REPLICAS",
+                raw.stream_replicas,
+                &[("1", 1), ("3", 3), ("5", 5)],
+            ),
+            in_memory: p.choice(
+                "STREAM_STORAGE",
+                raw.stream_storage,
+                &[("file", false), ("memory", true)],
+            ),
+            queue_max_messages: p.number("QUEUE_MAX_MESSAGES", raw.queue_max_messages, 1..=1 << 40),
+            queue_max_bytes: p.size("QUEUE_MAX_BYTES", raw.queue_max_bytes, 64 << 10),
+            queue_max_age: p.nonzero_duration("QUEUE_MAX_AGE", raw.queue_max_age),
+            duplicate_window: p.duration_of_at_least(
+                "DUPLICATE_WINDOW",
+                raw.duplicate_window,
+                Duration::from_secs(1),
+            ),
+            results_max_age: p.nonzero_duration("RESULTS_MAX_AGE", raw.results_max_age),
+            results_max_bytes: p.size("RESULTS_MAX_BYTES", raw.results_max_bytes, 64 << 10),
+            dead_letters_max_age: p
+                .nonzero_duration("DEAD_LETTERS_MAX_AGE", raw.dead_letters_max_age),
+            record_ttl: p.nonzero_duration("RECORD_TTL", raw.record_ttl),
+        };
+        // A record is what keeps a cancelled job from starting, and an ended one from running again.
+        if streams.record_ttl < streams.queue_max_age {
+            p.say("RECORD_TTL", "must not be shorter than QUEUE_MAX_AGE");
+        }
+        for (name, age) in [
+            ("RESULTS_MAX_AGE", streams.results_max_age),
+            ("DEAD_LETTERS_MAX_AGE", streams.dead_letters_max_age),
+        ] {
+            if age < streams.duplicate_window {
+                p.say(name, "must not be shorter than DUPLICATE_WINDOW");
+            }
         }
 
         Self {
@@ -353,10 +448,15 @@ impl Config {
             delivery: p.choice(
                 "DELIVERY",
                 raw.delivery,
-                &[("auto", Delivery::Auto), ("core", Delivery::Core)],
+                &[
+                    ("auto", Delivery::Auto),
+                    ("jetstream", Delivery::JetStream),
+                    ("core", Delivery::Core),
+                ],
             ),
+            streams,
             max_containers: p.number("MAX_CONTAINERS", raw.max_containers, 1..=10_000),
-            max_attempts: p.number("MAX_DELIVER", raw.max_deliver, 1..=1_000),
+            max_attempts,
             buffer_messages: p.number("BUFFER_MESSAGES", raw.buffer_messages, 1..=10_000_000),
             buffer_bytes: p.size("BUFFER_BYTES", raw.buffer_bytes, 64 << 10),
             run_slot_timeout: p.duration("RUN_SLOT_TIMEOUT", raw.run_slot_timeout),
@@ -382,6 +482,10 @@ impl Config {
                 tmpfs_bytes: p.size("TMPFS_SIZE", raw.tmpfs_size, 1 << 12),
             },
             output_limit: p.size::<u32>("OUTPUT_LIMIT", raw.output_limit, 0) as usize,
+            object_limit: p.size::<u32>("OBJECT_LIMIT", raw.object_limit, 0) as usize,
+            live_logs: p.boolean("LIVE_LOGS", raw.live_logs),
+            live_logs_buffer: p.size::<u32>("LIVE_LOGS_BUFFER", raw.live_logs_buffer, 64 << 10)
+                as usize,
             stop_grace: p.duration("STOP_GRACE", raw.stop_grace),
             shutdown_grace: p.duration("SHUTDOWN_GRACE", raw.shutdown_grace),
             docker,

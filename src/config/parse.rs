@@ -121,6 +121,19 @@ impl Problems {
         duration
     }
 
+    pub(super) fn duration_of_at_least(
+        &mut self,
+        name: &'static str,
+        given: Option<String>,
+        least: Duration,
+    ) -> Duration {
+        let duration = self.duration(name, given);
+        if duration < least {
+            self.say(name, format!("must be at least {}", humantime::format_duration(least)));
+        }
+        duration
+    }
+
     pub(super) fn boolean(&mut self, name: &'static str, given: Option<String>) -> bool {
         self.choice(name, given, &[("true", true), ("false", false)])
     }

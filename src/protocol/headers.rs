@@ -1,6 +1,6 @@
 //! The headers of a message on the results subject.
 
-use crate::job::{JobId, Outcome};
+use crate::job::{JobId, ObjectRef, Outcome};
 
 /// The job's id.
 pub const JOB_ID: &str = "Job-Id";
@@ -18,6 +18,18 @@ pub const JOB_ATTEMPT: &str = "Job-Attempt";
 pub const JOB_DURATION_MS: &str = "Job-Duration-Ms";
 /// `true` where bytes of the output are missing from the body, else `false`.
 pub const JOB_OUTPUT_TRUNCATED: &str = "Job-Output-Truncated";
+/// `bucket/name` of the object that holds standard output, where it did not fit.
+pub const JOB_STDOUT_OBJECT: &str = "Job-Stdout-Object";
+/// `bucket/name` of the object that holds standard error, where it did not fit.
+pub const JOB_STDERR_OBJECT: &str = "Job-Stderr-Object";
+/// Of live output: its number in its stream, from 1.
+pub const SEQ: &str = "Seq";
+/// Of live output: the bytes of its stream that came before it.
+pub const OFFSET: &str = "Offset";
+/// Of live output: `true` on the last message of a stream, which has no body.
+pub const END: &str = "End";
+/// Of live output, on the last message of a stream: the bytes that were dropped.
+pub const DROPPED_BYTES: &str = "Dropped-Bytes";
 /// What NATS deduplicates by: the job's id.
 pub const NATS_MSG_ID: &str = "Nats-Msg-Id";
 
@@ -38,6 +50,9 @@ pub fn of(outcome: &Outcome, truncated: bool) -> Vec<(&'static str, String)> {
     optional(JOB_IMAGE, outcome.image.clone());
     optional(JOB_ERROR, outcome.error.as_ref().map(|e| e.code.to_string()));
     optional(JOB_DURATION_MS, outcome.timings.total.map(|d| d.as_millis().to_string()));
+    let object = |object: &ObjectRef| format!("{}/{}", object.bucket, object.name);
+    optional(JOB_STDOUT_OBJECT, outcome.objects.stdout.as_ref().map(object));
+    optional(JOB_STDERR_OBJECT, outcome.objects.stderr.as_ref().map(object));
     headers
 }
 
@@ -48,11 +63,13 @@ fn deduplication_id(id: &JobId) -> String {
 
 /// The bytes these headers take in a message: NATS' own framing, as its client protocol says.
 #[must_use]
-pub fn encoded_length(headers: &[(&'static str, String)]) -> usize {
-    let lines: usize = headers.iter().map(|(name, value)| name.len() + value.len() + 4).sum();
+pub fn encoded_length<N: AsRef<str>, V: AsRef<str>>(headers: &[(N, V)]) -> usize {
+    let line = |(name, value): &(N, V)| name.as_ref().len() + value.as_ref().len() + 4;
+    let lines: usize = headers.iter().map(line).sum();
     "NATS/1.0\r\n".len() + lines + "\r\n".len()
 }
 
-fn one_line(value: &str) -> String {
+/// `value` without anything that could end a header's line.
+pub(super) fn one_line(value: &str) -> String {
     value.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }

@@ -1,6 +1,6 @@
 //! An outcome on the wire: the results message and the JSON reply, each within the server's limit.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -8,8 +8,9 @@ use bytes::Bytes;
 use serde::Serialize;
 
 use super::headers;
+use super::time::rfc3339;
 use crate::capture::Captured;
-use crate::job::{JobError, Outcome, Status};
+use crate::job::{JobError, ObjectRef, Outcome, Status};
 
 /// A message on the results subject.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -156,7 +157,7 @@ fn extra_json_bytes(c: char) -> usize {
 }
 
 /// The longest prefix of `text` whose characters, each with its extra bytes, take at most `room`.
-fn prefix_within(text: &str, room: usize, extra: impl Fn(char) -> usize) -> &str {
+pub(super) fn prefix_within(text: &str, room: usize, extra: impl Fn(char) -> usize) -> &str {
     let mut used = 0;
     for (at, c) in text.char_indices() {
         used += c.len_utf8() + extra(c);
@@ -187,6 +188,12 @@ struct Wire<'a> {
     stdout_truncated: bool,
     stderr_truncated: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
+    stdout_object: Option<WireObject<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stderr_object: Option<WireObject<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    live_logs_dropped_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     oom_killed: Option<bool>,
     attempt: u32,
     worker: &'a str,
@@ -205,6 +212,21 @@ struct Wire<'a> {
 struct WireError<'a> {
     code: &'a str,
     message: &'a str,
+}
+
+#[derive(Serialize)]
+struct WireObject<'a> {
+    bucket: &'a str,
+    name: &'a str,
+    size: u64,
+    digest: &'a str,
+}
+
+impl<'a> WireObject<'a> {
+    fn of(object: &'a ObjectRef) -> Self {
+        let ObjectRef { bucket, name, size, digest } = object;
+        Self { bucket, name, size: *size, digest }
+    }
 }
 
 #[derive(Serialize)]
@@ -248,6 +270,9 @@ impl<'a> Wire<'a> {
             stderr_encoding: stderr.encoding,
             stdout_truncated: stdout.truncated,
             stderr_truncated: stderr.truncated,
+            stdout_object: outcome.objects.stdout.as_ref().map(WireObject::of),
+            stderr_object: outcome.objects.stderr.as_ref().map(WireObject::of),
+            live_logs_dropped_bytes: Some(outcome.live_logs_dropped).filter(|bytes| *bytes > 0),
             oom_killed: outcome.oom_killed,
             attempt: outcome.attempt,
             worker: &outcome.worker,
@@ -274,16 +299,6 @@ impl<'a> Wire<'a> {
 /// Milliseconds, to the microsecond.
 fn ms(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
-}
-
-/// RFC 3339 in UTC, to the microsecond.
-#[must_use]
-pub fn rfc3339(time: SystemTime) -> String {
-    match jiff::Timestamp::try_from(time) {
-        Ok(timestamp) => format!("{timestamp:.6}"),
-        // Only a clock set tens of thousands of years off gets here.
-        Err(_) => "1970-01-01T00:00:00Z".to_owned(),
-    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,10 @@
 #![allow(clippy::unwrap_used)]
 
+use std::time::SystemTime;
+
 use super::*;
 use crate::capture::{Capture, Stream};
-use crate::job::{StartKind, Timings, Usage, code};
+use crate::job::{Objects, StartKind, Timings, Usage, code};
 use proptest::prelude::*;
 use serde_json::Value;
 
@@ -18,6 +20,8 @@ fn outcome(stdout: &[u8], stderr: &[u8]) -> Outcome {
         exit_code: Some(0),
         error: None,
         output: capture.finish(),
+        objects: Objects::default(),
+        live_logs_dropped: 0,
         oom_killed: Some(false),
         attempt: 1,
         worker: "w".to_owned(),
@@ -47,7 +51,9 @@ fn json_holds_what_is_known_and_nothing_else() {
     assert_eq!((&v["stderr"], &v["stderr_encoding"]), (&"/wA=".into(), &"base64".into()));
     assert_eq!(v["queued_at"], "2023-11-14T22:13:20.250000Z");
     assert_eq!(v["timings_ms"]["total"], 1234.567);
-    for absent in ["error", "signal", "usage"] {
+    for absent in
+        ["error", "signal", "usage", "stdout_object", "stderr_object", "live_logs_dropped_bytes"]
+    {
         assert!(v.get(absent).is_none(), "{absent}");
     }
     assert!(v["timings_ms"].get("pull").is_none());
@@ -98,6 +104,33 @@ fn the_result_is_raw_output_with_facts_in_headers() {
     ] {
         assert_eq!(header(&message, name), wanted, "{name}");
     }
+}
+
+#[test]
+fn output_kept_elsewhere_is_named() {
+    let objects = Objects {
+        stdout: Some(ObjectRef {
+            bucket: "functions_objects".to_owned(),
+            name: "job-1/stdout".to_owned(),
+            size: 5000,
+            digest: "SHA-256=abc".to_owned(),
+        }),
+        stderr: None,
+    };
+    let outcome = Outcome { objects, live_logs_dropped: 7, ..outcome(&[b'x'; 5000], b"") };
+    let v = value(&outcome, 2000);
+    assert_eq!(
+        v["stdout_object"],
+        serde_json::json!({
+            "bucket": "functions_objects", "name": "job-1/stdout", "size": 5000,
+            "digest": "SHA-256=abc",
+        })
+    );
+    assert_eq!((&v["stdout_truncated"], &v["live_logs_dropped_bytes"]), (&true.into(), &7.into()));
+    assert!(v.get("stderr_object").is_none());
+    let message = result_message(&outcome, 2000);
+    assert_eq!(header(&message, "Job-Stdout-Object"), Some("functions_objects/job-1/stdout"));
+    assert_eq!(header(&message, "Job-Stderr-Object"), None);
 }
 
 #[test]

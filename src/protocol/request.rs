@@ -1,17 +1,17 @@
 //! From a message's bytes to a job, or to a refusal that names every field at fault.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
-
 use std::fmt;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::Subjects;
+use super::time::parse_rfc3339;
 use crate::config::Policy;
-use crate::job::{Job, JobError, JobId, Limits, code, printable};
+use crate::job::{Job, JobError, JobId, Limits, Priority, Retry, Status, code, printable};
 
 /// The prefix of container labels that belong to the daemon.
 pub const RESERVED_LABEL_PREFIX: &str = "worker-spawner.";
@@ -23,7 +23,7 @@ const MAX_QUOTE: usize = 64;
 const MAX_FAULTS: usize = 8;
 
 /// A caller's value as an error shows it.
-fn quote(value: &str) -> String {
+pub(super) fn quote(value: &str) -> String {
     format!("{:?}", printable(value, MAX_QUOTE))
 }
 
@@ -47,7 +47,15 @@ const FIELDS: &[&str] = &[
     "network",
     "labels",
     "reply_to",
+    "priority",
+    "expires_at",
+    "retry",
+    "live_logs",
+    "stdin_object",
 ];
+
+/// The longest name of an object, in bytes. It becomes part of a subject, in base64.
+const MAX_OBJECT_NAME_LENGTH: usize = 512;
 
 /// A request that can be run.
 #[derive(Clone, Debug, PartialEq)]
@@ -56,6 +64,16 @@ pub struct Request {
     pub job: Job,
     /// Where the outcome goes as well. Checked.
     pub reply_to: Option<String>,
+    /// Before which other jobs it is to run.
+    pub priority: Option<Priority>,
+    /// When it is no longer worth starting.
+    pub expires_at: Option<SystemTime>,
+    /// Which of the function's own failures are tried again.
+    pub retry: Option<Retry>,
+    /// Whether output is published while the function runs.
+    pub live_logs: Option<bool>,
+    /// The object that is to be the job's standard input. Never beside a `stdin` of its own.
+    pub stdin_object: Option<String>,
 }
 
 /// A request that cannot be run, with what is known of it.
@@ -124,6 +142,14 @@ pub fn decode(
     let env = fields.take("env", |v| map(v, check_variable)).unwrap_or_default();
     let labels = fields.take("labels", |v| map(v, check_label)).unwrap_or_default();
     let stdin = fields.take("stdin", |v| text(v).map(Bytes::from));
+    let stdin_object = fields.take("stdin_object", object_name);
+    if stdin.is_some() && stdin_object.is_some() {
+        fields.fault("stdin_object", "must not be given together with stdin");
+    }
+    let priority = fields.take("priority", priority);
+    let expires_at = fields.take("expires_at", expires_at);
+    let retry = fields.take("retry", |v| retry(v, policy.max_attempts));
+    let live_logs = fields.take("live_logs", boolean);
     let working_dir = fields.take("working_dir", working_dir);
     let user = fields.take("user", user);
     let network = fields.take("network", |v| {
@@ -169,7 +195,15 @@ pub fn decode(
                 labels,
                 limits,
             };
-            return Ok(Request { job, reply_to });
+            return Ok(Request {
+                job,
+                reply_to,
+                priority,
+                expires_at,
+                retry,
+                live_logs,
+                stdin_object,
+            });
         }
         (Some(error), image) => (image, error),
         (None, None) => (None, JobError::new(code::INVALID_FIELD, "image_reference: is required")),
@@ -180,7 +214,7 @@ pub fn decode(
 /// The least memory an engine takes: runc refuses to start a container with less than 6 MiB.
 const MIN_MEMORY_BYTES: u64 = 6 << 20;
 
-fn parse(payload: &[u8]) -> Result<Object, JobError> {
+pub(super) fn parse(payload: &[u8]) -> Result<Object, JobError> {
     serde_json::from_slice(payload).map_err(|e| {
         JobError::new(code::INVALID_JSON, format!("the request is no JSON object: {e}"))
     })
@@ -189,9 +223,9 @@ fn parse(payload: &[u8]) -> Result<Object, JobError> {
 /// A JSON object, and which of its names came twice. Parsers disagree on what that means, so that
 /// a gateway in front of this one may have checked another value.
 #[derive(Default)]
-struct Object {
-    fields: Map<String, Value>,
-    twice: Vec<String>,
+pub(super) struct Object {
+    pub(super) fields: Map<String, Value>,
+    pub(super) twice: Vec<String>,
 }
 
 impl<'de> Deserialize<'de> for Object {
@@ -266,7 +300,7 @@ impl Fields {
     }
 }
 
-fn kind(value: &Value) -> &'static str {
+pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -407,6 +441,78 @@ fn cpus(value: Value, most: f64) -> Result<f64, String> {
     } else {
         Err(format!("must be at least 0.01, not {n}"))
     }
+}
+
+fn boolean(value: Value) -> Result<bool, String> {
+    match value {
+        Value::Bool(boolean) => Ok(boolean),
+        other => Err(format!("must be true or false, not {}", kind(&other))),
+    }
+}
+
+fn object_name(value: Value) -> Result<String, String> {
+    let name = text(value)?;
+    if name.is_empty() {
+        Err("must not be empty".to_owned())
+    } else if name.len() > MAX_OBJECT_NAME_LENGTH {
+        Err(format!("must be at most {MAX_OBJECT_NAME_LENGTH} bytes long"))
+    } else {
+        Ok(name)
+    }
+}
+
+fn priority(value: Value) -> Result<Priority, String> {
+    let name = text(value)?;
+    name.parse().map_err(|_| {
+        let names = Priority::ALL.map(Priority::as_str).join(", ");
+        format!("{} is none of {names}", quote(&name))
+    })
+}
+
+fn expires_at(value: Value) -> Result<SystemTime, String> {
+    let time = text(value)?;
+    parse_rfc3339(&time).ok_or_else(|| {
+        format!("{} is no time of RFC 3339, such as \"2030-01-31T12:00:00Z\"", quote(&time))
+    })
+}
+
+/// Both of its fields are required: neither a number of attempts nor a reason for them is to be
+/// guessed.
+fn retry(value: Value, most: u32) -> Result<Retry, String> {
+    let Value::Object(mut object) = value else {
+        return Err(format!("must be an object, not {}", kind(&value)));
+    };
+    let mut take = |name: &str| {
+        let value = object.remove(name).filter(|v| !v.is_null());
+        value.ok_or_else(|| format!("{name} is required"))
+    };
+    let max_attempts = whole(take("max_attempts")?, 1, most.into(), "MAX_DELIVER")
+        .and_then(|n| u32::try_from(n).map_err(|e| e.to_string()))
+        .map_err(|why| format!("max_attempts: {why}"))?;
+    let on = retried(take("on")?).map_err(|why| format!("on: {why}"))?;
+    match object.keys().next() {
+        None => Ok(Retry { max_attempts, on }),
+        Some(name) => {
+            Err(format!("{} is no field of it; the fields are max_attempts, on", quote(name)))
+        }
+    }
+}
+
+fn retried(value: Value) -> Result<Vec<Status>, String> {
+    let names = Retry::STATUSES.map(Status::as_str).join(", ");
+    let Value::Array(values) = value else {
+        return Err(format!("must be a list of {names}, not {}", kind(&value)));
+    };
+    let mut on = Vec::new();
+    for value in values {
+        let name = text(value).map_err(|why| format!("each entry {why}"))?;
+        let status = name.parse().ok().filter(|status| Retry::STATUSES.contains(status));
+        let status = status.ok_or_else(|| format!("{} is none of {names}", quote(&name)))?;
+        if !on.contains(&status) {
+            on.push(status);
+        }
+    }
+    if on.is_empty() { Err(format!("must name at least one of {names}")) } else { Ok(on) }
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -13,6 +13,7 @@ fn policy() -> Policy {
         network: "none".to_owned(),
         allowed_networks: vec!["none".to_owned(), "lan".to_owned()],
         reply_prefixes: vec![],
+        max_attempts: 5,
     }
 }
 
@@ -27,17 +28,20 @@ fn decoded(body: Value) -> Result<Request, Box<Refusal>> {
 
 #[test]
 fn the_smallest_request_gets_the_defaults() {
-    let Request { job, reply_to } = decoded(json!({"image_reference": "python"})).unwrap();
+    let request = decoded(json!({"image_reference": "python"})).unwrap();
+    let Request { job, reply_to, .. } = &request;
     assert_eq!((job.id.as_str(), job.image.as_str()), ("fallback", "python"));
     assert_eq!(job.limits.timeout, Duration::from_secs(300));
     assert_eq!((job.limits.memory_bytes, job.limits.pids), (512 << 20, 256));
     assert_eq!(job.network, "none");
     assert!(job.args.is_empty() && job.stdin.is_none() && reply_to.is_none());
+    assert_eq!((request.priority, request.expires_at, request.retry), (None, None, None));
+    assert_eq!((request.live_logs, request.stdin_object), (None, None));
 }
 
 #[test]
 fn every_field_is_read() {
-    let Request { job, reply_to } = decoded(json!({
+    let Request { job, reply_to, .. } = decoded(json!({
         "image_reference": "python:3.11-slim", "parameter": ["a b", ""], "id": "j-1",
         "env": {"A": "1"}, "stdin": "in", "working_dir": "/tmp", "user": "1000:1000",
         "timeout_ms": 1500, "memory_bytes": 16777216, "cpus": 0.5, "pids": 8,
@@ -54,6 +58,36 @@ fn every_field_is_read() {
     assert_eq!((job.limits.memory_bytes, job.limits.cpus, job.limits.pids), (16 << 20, 0.5, 8));
     assert_eq!((job.network.as_str(), job.labels["team"].as_str()), ("lan", "x"));
     assert_eq!(reply_to.as_deref(), Some("_INBOX.a"));
+}
+
+#[test]
+fn how_a_job_is_delivered_is_read() {
+    let request = decoded(json!({
+        "image_reference": "x", "priority": "low", "expires_at": "2023-11-14T23:13:20.5+01:00",
+        "retry": {"max_attempts": 5, "on": ["failed", "out_of_memory", "failed"]},
+        "live_logs": false, "stdin_object": "inputs/a b.csv",
+    }))
+    .unwrap();
+    let at = SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_500);
+    let retry = Retry { max_attempts: 5, on: vec![Status::Failed, Status::OutOfMemory] };
+    assert_eq!((request.priority, request.expires_at), (Some(Priority::Low), Some(at)));
+    assert_eq!((request.retry, request.live_logs), (Some(retry), Some(false)));
+    assert_eq!(request.stdin_object.as_deref(), Some("inputs/a b.csv"));
+}
+
+#[test]
+fn standard_input_has_one_source() {
+    let body = json!({"image_reference": "x", "stdin": "", "stdin_object": "a"});
+    let message = decoded(body).unwrap_err().error.message;
+    assert_eq!(message, "stdin_object: must not be given together with stdin");
+}
+
+#[test]
+fn more_attempts_than_there_are_name_the_setting() {
+    let retry = json!({"max_attempts": 6, "on": ["failed"]});
+    let refusal = decoded(json!({"image_reference": "x", "retry": retry})).unwrap_err();
+    let message = "retry: max_attempts: 6 is above this worker's MAX_DELIVER, 5";
+    assert_eq!(refusal.error.message, message);
 }
 
 #[test]
@@ -138,6 +172,29 @@ fn a_wrong_field_is_named() {
         ("labels", json!("x")),
         ("reply_to", json!("$JS.API.STREAM.DELETE.X")),
         ("reply_to", json!("elsewhere")),
+        ("priority", json!("urgent")),
+        ("priority", json!("High")),
+        ("priority", json!(1)),
+        ("expires_at", json!("tomorrow")),
+        ("expires_at", json!(1_700_000_000)),
+        ("expires_at", json!("2023-11-14T22:13:20")),
+        ("retry", json!(3)),
+        ("retry", json!({})),
+        ("retry", json!({"max_attempts": 2})),
+        ("retry", json!({"on": ["failed"]})),
+        ("retry", json!({"max_attempts": 2, "on": []})),
+        ("retry", json!({"max_attempts": 2, "on": "failed"})),
+        ("retry", json!({"max_attempts": 2, "on": [1]})),
+        ("retry", json!({"max_attempts": 2, "on": ["succeeded"]})),
+        ("retry", json!({"max_attempts": 2, "on": ["failed", "error"]})),
+        ("retry", json!({"max_attempts": 0, "on": ["failed"]})),
+        ("retry", json!({"max_attempts": 6, "on": ["failed"]})),
+        ("retry", json!({"max_attempts": 2, "on": ["failed"], "delay": 1})),
+        ("live_logs", json!("true")),
+        ("live_logs", json!(1)),
+        ("stdin_object", json!("")),
+        ("stdin_object", json!("x".repeat(513))),
+        ("stdin_object", json!({"name": "x"})),
         ("host_config", json!({"Privileged": true})),
         ("Image_reference", json!("x")),
     ];

@@ -1,5 +1,8 @@
 //! Subjects: the ones the daemon uses, and the ones it may be asked to publish to.
 
+use crate::capture::Stream;
+use crate::job::{JobId, Priority};
+
 /// The daemon's subjects under one prefix.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subjects {
@@ -10,6 +13,10 @@ pub struct Subjects {
     pub run: String,
     /// One message per job.
     pub results: String,
+    /// Ids of jobs to stop.
+    pub cancel: String,
+    /// What could not be run.
+    pub dead_letters: String,
 }
 
 /// Why the daemon does not publish to a subject it was asked to publish to.
@@ -36,7 +43,40 @@ impl Subjects {
             execute: subject("execute"),
             run: subject("run"),
             results: subject("results"),
+            cancel: subject("cancel"),
+            dead_letters: subject("dead_letters"),
         }
+    }
+
+    /// What all subjects begin with.
+    #[must_use]
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// Requests of this priority, fire and forget.
+    #[must_use]
+    pub fn execute_at(&self, priority: Priority) -> String {
+        match priority {
+            Priority::Normal => self.execute.clone(),
+            other => format!("{}.{}", self.execute, other.as_str()),
+        }
+    }
+
+    /// The states of one job.
+    #[must_use]
+    pub fn events(&self, id: &JobId) -> String {
+        format!("{}.events.{id}", self.prefix)
+    }
+
+    /// What one job prints, as it prints it.
+    #[must_use]
+    pub fn logs(&self, id: &JobId, stream: Stream) -> String {
+        let stream = match stream {
+            Stream::Stdout => "stdout",
+            Stream::Stderr => "stderr",
+        };
+        format!("{}.logs.{id}.{stream}", self.prefix)
     }
 
     /// Checks the reply subject of a message.

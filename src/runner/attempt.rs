@@ -2,13 +2,16 @@
 
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures::future::{BoxFuture, OptionFuture};
 
 use super::Options;
-use crate::backend::{Event, Exit, Run, Signal, Started};
-use crate::capture::{Capture, Captured};
+use crate::backend::{Event, Exit, Progress, Run, Signal, Started};
+use crate::capture::{Capture, Captured, Stream};
 use crate::job::{Failure, JobError, Limits, code};
+use crate::live::LiveLog;
 use crate::shutdown::Shutdown;
+use tokio_util::sync::CancellationToken;
 
 /// How long a killed function may take to be gone at the daemon's end. Shorter than the end's own
 /// patience, so that an engine that hangs does not cost the outcome.
@@ -23,6 +26,7 @@ pub(super) struct Attempt {
     pub(super) verdict: Verdict,
 }
 
+#[derive(Clone)]
 pub(super) enum Verdict {
     /// The function ended by itself.
     Exited(Exit),
@@ -37,6 +41,19 @@ pub(super) enum Verdict {
 pub(super) enum Why {
     Deadline,
     Shutdown,
+    /// Somebody asked for it.
+    Cancelled,
+    /// Another worker has taken the job over: whatever comes of this run counts for nothing.
+    Fenced,
+}
+
+/// What may come from outside while a run is under way.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Orders {
+    /// End the function: the job is cancelled.
+    pub(super) cancelled: CancellationToken,
+    /// End the function at once: the job is another worker's.
+    pub(super) fenced: CancellationToken,
 }
 
 impl Attempt {
@@ -47,20 +64,53 @@ impl Attempt {
     }
 }
 
+/// What a run is driven by.
+pub(super) struct Surroundings<'a> {
+    pub(super) limits: &'a Limits,
+    pub(super) options: &'a Options,
+    pub(super) shutdown: &'a Shutdown,
+    pub(super) orders: &'a Orders,
+    /// How far the pull of the image is.
+    pub(super) progress: &'a Progress,
+    /// Bytes kept of each output stream.
+    pub(super) keep: usize,
+    /// Where output goes while the function runs.
+    pub(super) live: Option<&'a LiveLog>,
+}
+
+/// Where a function's output goes.
+struct Sink<'a> {
+    capture: Capture,
+    live: Option<&'a LiveLog>,
+}
+
+impl Sink<'_> {
+    fn push(&mut self, stream: Stream, chunk: &Bytes) {
+        self.capture.push(stream, chunk);
+        if let Some(live) = self.live {
+            live.push(stream, chunk);
+        }
+    }
+}
+
 /// Starts the run and sees it to its end, whoever brings that about.
-pub(super) async fn drive(
-    run: &mut dyn Run,
-    limits: &Limits,
-    options: &Options,
-    shutdown: &Shutdown,
-) -> Attempt {
-    let mut capture = Capture::new(options.output_limit);
+pub(super) async fn drive(run: &mut dyn Run, around: &Surroundings<'_>) -> Attempt {
+    let mut sink = Sink { capture: Capture::new(around.keep), live: around.live };
+    let ended = |why| Attempt {
+        started: None,
+        ran: None,
+        output: Captured::default(),
+        verdict: Verdict::Ended(why, None),
+    };
     let started = tokio::select! {
-        started = run.start() => started,
-        () = shutdown.stopping.cancelled() => {
+        biased;
+        () = around.orders.fenced.cancelled() => return ended(Why::Fenced),
+        () = around.orders.cancelled.cancelled() => return ended(Why::Cancelled),
+        () = around.shutdown.stopping.cancelled() => {
             let message = "the worker shut down before the function began";
             Err(Failure::Permanent(JobError::new(code::JOB_STOPPED, message)))
         }
+        started = run.start(around.progress) => started,
     };
     let started = match started {
         Ok(started) => started,
@@ -69,11 +119,11 @@ pub(super) async fn drive(
         }
     };
     let begun = Instant::now();
-    let verdict = watch(run, &mut capture, begun + limits.timeout, options, shutdown).await;
+    let verdict = watch(run, &mut sink, begun + around.limits.timeout, around).await;
     Attempt {
         started: Some(started),
         ran: Some(begun.elapsed()),
-        output: capture.finish(),
+        output: sink.capture.finish(),
         verdict,
     }
 }
@@ -84,11 +134,11 @@ pub(super) async fn drive(
 /// get rid of output does not get to the signal either.
 async fn watch(
     run: &mut dyn Run,
-    capture: &mut Capture,
+    sink: &mut Sink<'_>,
     deadline: Instant,
-    options: &Options,
-    shutdown: &Shutdown,
+    around: &Surroundings<'_>,
 ) -> Verdict {
+    let Surroundings { options, shutdown, orders, .. } = *around;
     let mut ending: Option<(Why, Signal)> = None;
     let mut hurried = false;
     let mut alarm = tokio::time::Instant::from_std(deadline);
@@ -99,7 +149,7 @@ async fn watch(
         let (why, signal) = tokio::select! {
             event = run.next() => match (event, why) {
                 (Ok(Event::Output(stream, chunk)), _) => {
-                    capture.push(stream, &chunk);
+                    sink.push(stream, &chunk);
                     continue;
                 }
                 (Ok(Event::Exited(exit)), None) => return Verdict::Exited(exit),
@@ -131,9 +181,15 @@ async fn watch(
             () = shutdown.stopping.cancelled(), if ending.is_none() => {
                 (Why::Shutdown, Signal::Term)
             }
+            () = orders.fenced.cancelled(), if why != Some(Why::Fenced) => {
+                (Why::Fenced, Signal::Kill)
+            }
+            () = orders.cancelled.cancelled(), if ending.is_none() => {
+                (Why::Cancelled, Signal::Term)
+            }
         };
         if run.has_exited() && ending.is_none() {
-            return explained(run, capture, options, shutdown).await;
+            return explained(run, sink, options, shutdown).await;
         }
         ending = Some((why, signal));
         signalling = Some(run.signal(signal)).into();
@@ -152,14 +208,14 @@ async fn watch(
 /// makes its result another one. Only an engine that does not say how it ended can.
 async fn explained(
     run: &mut dyn Run,
-    capture: &mut Capture,
+    sink: &mut Sink<'_>,
     options: &Options,
     shutdown: &Shutdown,
 ) -> Verdict {
     let rest = async {
         loop {
             match run.next().await {
-                Ok(Event::Output(stream, chunk)) => capture.push(stream, &chunk),
+                Ok(Event::Output(stream, chunk)) => sink.push(stream, &chunk),
                 Ok(Event::Exited(exit)) => return Verdict::Exited(exit),
                 Err(failure) => return Verdict::Failed(failure),
             }

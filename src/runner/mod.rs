@@ -1,26 +1,37 @@
 //! One delivery to exactly one outcome: decode, run, publish, settle, clean up.
 
 mod attempt;
+mod ticket;
 mod verdict;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use bytes::Bytes;
 use tokio::sync::watch;
 
 use crate::admission::Slot;
 use crate::backend::{Backend, Run};
+use crate::cancel::Cancels;
 use crate::capture::Captured;
 use crate::config::Policy;
-use crate::job::{Failure, Job, JobError, JobId, Limits, Outcome, Status, Timings, Usage, code};
-use crate::protocol::{Request, Subjects, request};
+use crate::job::{
+    self, Failure, JobError, JobId, Limits, Outcome, Retry, Status, Timings, Usage, code,
+};
+use crate::live::LiveLog;
+use crate::objects::Objects;
+use crate::protocol::record::{self, Record, State};
+use crate::protocol::{Request, Subjects, outcome, request};
 use crate::publish::{Publisher, Route};
 use crate::retry::Backoff;
 use crate::shutdown::Shutdown;
-use crate::source::{Delivery, Message, Settle};
+use crate::source::lease::Lease;
+use crate::source::{Closed, Delivery, Message, Settle};
+use crate::state::{Opened, Opening, Records};
 
 pub use attempt::LAST_PATIENCE;
-use attempt::{Attempt, Verdict};
+use attempt::{Attempt, Orders, Surroundings, Verdict, Why};
+use ticket::Ticket;
 use verdict::judge;
 
 /// Delays between the attempts of one job.
@@ -31,6 +42,13 @@ const CLEANUPS: Backoff =
     Backoff { first: Duration::from_millis(200), most: Duration::from_secs(5) };
 /// Tries after which a container that has stopped is left to the reaper.
 const CLEANUP_TRIES: u32 = 4;
+
+/// The limits of what never runs.
+const NO_LIMITS: Limits = Limits { timeout: Duration::ZERO, memory_bytes: 0, cpus: 0.0, pids: 0 };
+/// How long the rest of a job's live output may take after its end.
+const LIVE_LOG_PATIENCE: Duration = Duration::from_secs(10);
+/// Room for the headers of a result, in bytes.
+const RESULT_HEADERS: usize = 4096;
 
 /// What a runner needs to know.
 #[derive(Clone, Debug)]
@@ -45,6 +63,10 @@ pub struct Options {
     pub max_attempts: u32,
     /// Bytes kept of each output stream.
     pub output_limit: usize,
+    /// Whether output is published while a function runs, unless its request says.
+    pub live_logs: bool,
+    /// Bytes of a job's live output that may wait for NATS.
+    pub live_logs_buffer: usize,
     /// From TERM to KILL.
     pub stop_grace: Duration,
     /// How long a killed function may take to be gone before it is given up on.
@@ -57,6 +79,11 @@ pub struct Options {
 pub struct Runner {
     backend: Arc<dyn Backend>,
     publisher: Publisher,
+    /// Where jobs from a durable queue are recorded.
+    records: Option<Records>,
+    /// Where big inputs and outputs of such jobs are kept.
+    objects: Option<Objects>,
+    cancels: Cancels,
     options: Options,
     shutdown: Shutdown,
     /// Told when a run failed for the engine's sake, so that it is looked at before the next.
@@ -68,6 +95,22 @@ struct Context {
     message: Message,
     route: Route,
     begun: Instant,
+    attempt: u32,
+}
+
+/// A request that will not run, and why.
+struct Refused {
+    id: JobId,
+    image: Option<String>,
+    failure: Failure,
+}
+
+/// What remains to be done once an attempt is over.
+enum Next {
+    /// The outcome is this attempt's.
+    Conclude,
+    /// The request goes back, for another attempt after a while.
+    Again(Duration),
 }
 
 impl Runner {
@@ -80,130 +123,459 @@ impl Runner {
         shutdown: Shutdown,
         suspicions: watch::Sender<u64>,
     ) -> Self {
-        Self { backend, publisher, options, shutdown, suspicions }
+        let (records, objects, cancels) = (None, None, Cancels::default());
+        Self { backend, publisher, records, objects, cancels, options, shutdown, suspicions }
+    }
+
+    /// The same, for jobs from a durable queue.
+    #[must_use]
+    pub fn durable(self, publisher: Publisher, records: Records, objects: Option<Objects>) -> Self {
+        Self { publisher, records: Some(records), objects, ..self }
+    }
+
+    /// The jobs that can be cancelled.
+    #[must_use]
+    pub fn cancels(&self) -> Cancels {
+        self.cancels.clone()
     }
 
     /// Takes a delivery to its outcome. The slot is held until the container is gone.
     pub async fn handle(&self, delivery: Delivery, slot: Slot) {
-        let Delivery { message, settle } = delivery;
-        let begun = Instant::now();
-        let (job, context) = match self.decode(message, begun) {
-            Ok(decoded) => decoded,
-            Err(refused) => {
-                let (outcome, context) = *refused;
-                // Nothing runs: the answer needs no slot.
+        let Delivery { message, mut settle } = delivery;
+        let (decoded, mut context) = self.decode(message, Instant::now());
+        if let Ok(Request { priority: Some(priority), .. }) = &decoded
+            && context.message.priority.is_some_and(|queue| queue.is_before(*priority))
+        {
+            match settle.demote(&context.message, *priority).await {
+                Ok(()) => return,
+                // There is no other queue: it runs here.
+                Err(back) => settle = back,
+            }
+        }
+        let (id, image) = match &decoded {
+            Ok(request) => (request.job.id.clone(), Some(request.job.image.clone())),
+            Err(refused) => (refused.id.clone(), refused.image.clone()),
+        };
+        let mut ticket = match self.open(&id, image, &context).await {
+            Some(Ok(ticket)) => ticket,
+            Some(Err(record)) => {
                 drop(slot);
-                self.report(&outcome);
-                self.publish(&outcome, &context.route).await;
+                if let Some(record) = record {
+                    self.repeat(&record, &context).await;
+                }
                 settle.done().await;
                 return;
             }
-        };
-        tracing::debug!(job = %job.id, image = %job.image, attempt = context.message.attempt, "job begins");
-        let (id, image, limits) = (job.id.clone(), job.image.clone(), job.limits.clone());
-        let mut run = self.backend.prepare(job);
-        let attempt = attempt::drive(run.as_mut(), &limits, &self.options, &self.shutdown).await;
-        let mut cleaned = false;
-        let mut settle = Some(settle);
-        if let Some(delay) = self.retry_delay(&id, &attempt.verdict, &context, settle.as_deref()) {
-            // The next attempt must not run beside what is left of this one.
-            cleaned = tokio::select! {
-                () = self.clean_up(run.as_mut(), &id) => true,
-                () = self.shutdown.stopping.cancelled() => false,
-            };
-            if let Some(settle) = settle.take_if(|_| cleaned)
-                && settle.retry(delay).await.is_ok()
-            {
+            None => {
+                let _ = settle.retry(Duration::ZERO).await;
                 return;
             }
-            // Nobody takes the job back: this attempt was the last.
+        };
+        context.attempt = ticket.attempt();
+        let request = match decoded {
+            Ok(request) => request,
+            Err(Refused { id, image, failure }) => {
+                // Nothing runs: the answer needs no slot.
+                drop(slot);
+                let outcome =
+                    self.outcome(id, image, &NO_LIMITS, &context, Attempt::failed(failure));
+                self.conclude(outcome, &context, &mut ticket, settle).await;
+                return;
+            }
+        };
+        let Request { mut job, expires_at, retry, stdin_object, live_logs, .. } = request;
+        let registration = self.cancels.register(&job.id);
+        let orders = Orders { cancelled: registration.token.clone(), ..Orders::default() };
+        if ticket.cancel_requested() {
+            orders.cancelled.cancel();
+        }
+        let expires_at = expires_at.into_iter().chain(context.message.expires_at).min();
+        let unstarted = if orders.cancelled.is_cancelled() {
+            Some(verdict::cancelled())
+        } else {
+            expires_at.filter(|at| *at <= SystemTime::now()).map(verdict::expired)
+        };
+        if let Some(error) = unstarted {
+            drop(slot);
+            let mut outcome = self.outcome(
+                job.id,
+                Some(job.image),
+                &job.limits,
+                &context,
+                Attempt::failed(Failure::Permanent(error)),
+            );
+            outcome.status = Status::Cancelled;
+            self.conclude(outcome, &context, &mut ticket, settle).await;
+            return;
+        }
+        crate::failpoint!("job.claimed");
+        self.publisher.event(ticket.record()).await;
+
+        tracing::debug!(job = %job.id, image = %job.image, attempt = context.attempt, "job begins");
+        let (id, limits) = (job.id.clone(), job.limits.clone());
+        let image = job.image.clone();
+        let live = live_logs
+            .unwrap_or(self.options.live_logs)
+            .then(|| self.publisher.live_log(&id, self.options.live_logs_buffer));
+        let input = self.input(stdin_object).await;
+        let (mut run, attempt) = match input {
+            Ok(stdin) => {
+                job.stdin = stdin.or(job.stdin);
+                let mut run = self.backend.prepare(job);
+                let attempt = self
+                    .attempt(
+                        run.as_mut(),
+                        &limits,
+                        &mut ticket,
+                        &orders,
+                        settle.lease(),
+                        live.as_ref(),
+                    )
+                    .await;
+                (Some(run), attempt)
+            }
+            Err(failure) => (None, Attempt::failed(failure)),
+        };
+        let live_logs_dropped = live.map_or(0, |live| {
+            let dropped = live.dropped();
+            // Whoever waits for the outcome does not wait for it.
+            drop(live.finish(LIVE_LOG_PATIENCE));
+            dropped
+        });
+        crate::failpoint!("function.ended");
+        let fenced = matches!(attempt.verdict, Verdict::Ended(Why::Fenced, _))
+            || !self.still_holds(&mut ticket, settle.lease()).await;
+        if fenced {
+            tracing::warn!(job = %id, attempt = context.attempt, "another worker has taken the job over: this attempt counts for nothing");
+            self.clean_up(&mut run, &id).await;
+            return;
+        }
+        if let Verdict::Failed(failure) = &attempt.verdict
+            && is_suspicious(failure)
+        {
+            self.suspicions.send_modify(|n| *n += 1);
+        }
+        let next = self.next(&attempt.verdict, &limits, retry.as_ref(), &context, settle.as_ref());
+        let mut cleaned = false;
+        if let Next::Again(delay) = next {
+            self.report_again(&id, &attempt.verdict, &context, delay);
+            // The next attempt must not run beside what is left of this one.
+            cleaned = tokio::select! {
+                () = self.clean_up(&mut run, &id) => true,
+                () = self.shutdown.forced.cancelled() => false,
+            };
+            if cleaned {
+                match self.give_back(settle, &mut ticket, delay).await {
+                    Ok(()) => return,
+                    // Nobody takes the job back: this attempt was the last.
+                    Err(back) => settle = back,
+                }
+            }
         }
 
-        let outcome = self.outcome(id, Some(image), &limits, &context, attempt);
-        self.report(&outcome);
+        let mut outcome = self.outcome(id.clone(), Some(image), &limits, &context, attempt);
+        outcome.live_logs_dropped = live_logs_dropped;
+        if ticket.cancel_requested() && matches!(next, Next::Again(_)) {
+            outcome.status = Status::Cancelled;
+            outcome.error = Some(verdict::cancelled());
+        }
         // The outcome first: whoever waits for it does not wait for the removal. But a server that
         // is not there must not keep a container.
-        let publish = self.publish(&outcome, &context.route);
-        tokio::pin!(publish);
-        let published = tokio::select! {
+        let conclusion = self.conclude(outcome, &context, &mut ticket, settle);
+        tokio::pin!(conclusion);
+        let concluded = tokio::select! {
             biased;
-            () = &mut publish => true,
+            () = &mut conclusion => true,
             () = tokio::time::sleep(self.options.publish_timeout) => false,
             () = self.shutdown.stopping.cancelled() => false,
         };
         let clean_up = async {
             if !cleaned {
-                self.clean_up(run.as_mut(), &outcome.id).await;
+                self.clean_up(&mut run, &id).await;
+            }
+        };
+        if concluded {
+            crate::failpoint!("delivery.acked");
+            clean_up.await;
+        } else {
+            tokio::join!(conclusion, clean_up);
+        }
+        drop((slot, registration));
+    }
+
+    /// Opens the job: a ticket for it; or the record of its end, or nothing to say since another
+    /// request brings it; or nothing at all, where the daemon's end comes before an answer.
+    async fn open(
+        &self,
+        id: &JobId,
+        image: Option<String>,
+        context: &Context,
+    ) -> Option<Result<Ticket, Option<Box<Record>>>> {
+        let message = &context.message;
+        let (Some(records), Some(sequence)) = (&self.records, message.sequence) else {
+            let attempt = message.attempt;
+            let (worker, at) = (&self.options.worker, message.received_at);
+            return Some(Ok(Ticket::unrecorded(id.clone(), image, attempt, worker, at)));
+        };
+        let opening = Opening {
+            id: id.clone(),
+            image,
+            sequence: Some(sequence),
+            queued_at: message.received_at,
+        };
+        let opened = tokio::select! {
+            biased;
+            opened = records.open(&opening) => opened,
+            () = self.shutdown.stopping.cancelled() => return None,
+        };
+        Some(match opened {
+            Opened::Mine(claim) => Ok(Ticket::Claimed(claim)),
+            Opened::Ended(record) => Err(Some(record)),
+            Opened::UnderWay => {
+                tracing::info!(job = %id, sequence, "a request of this id is in the queue already; this one is dropped");
+                Err(None)
+            }
+        })
+    }
+
+    /// Says again what became of a job that ended before.
+    async fn repeat(&self, record: &Record, context: &Context) {
+        tracing::info!(job = %record.id, status = record.status().map(Status::as_str), "the job ended before; its outcome is told again");
+        self.publisher.event(record).await;
+        if let Some(json) = record.outcome_json() {
+            self.publisher.reply(&record.id, &json, &context.route.replies).await;
+        }
+    }
+
+    /// The standard input that is kept as an object.
+    async fn input(&self, name: Option<String>) -> Result<Option<Bytes>, Failure> {
+        let Some(name) = name else { return Ok(None) };
+        let Some(objects) = &self.objects else {
+            let message = "stdin_object: this worker has no object store: it needs JetStream and an OBJECT_LIMIT above 0";
+            return Err(Failure::Rejected(JobError::new(code::STDIN_NOT_FOUND, message)));
+        };
+        objects.fetch(&name).await.map(|bytes| Some(bytes.into()))
+    }
+
+    /// One attempt, with the record kept up to date beside it.
+    async fn attempt(
+        &self,
+        run: &mut dyn Run,
+        limits: &Limits,
+        ticket: &mut Ticket,
+        orders: &Orders,
+        lease: Option<&Lease>,
+        live: Option<&LiveLog>,
+    ) -> Attempt {
+        let (progress, told) = watch::channel(None);
+        let recorded = matches!(ticket, Ticket::Claimed(_));
+        let objects = self.objects.as_ref().filter(|_| recorded).map_or(0, Objects::limit);
+        let around = Surroundings {
+            limits,
+            options: &self.options,
+            shutdown: &self.shutdown,
+            orders,
+            progress: &progress,
+            keep: self.options.output_limit.max(objects),
+            live,
+        };
+        tokio::select! {
+            biased;
+            attempt = attempt::drive(run, &around) => attempt,
+            () = ticket.watch(&self.publisher, told, orders, lease) => {
+                // It never returns.
+                Attempt::failed(Failure::Transient(JobError::new(code::ENGINE_ERROR, "")))
+            }
+        }
+    }
+
+    /// Whether the job is still this worker's; a daemon at its end does not wait for the answer.
+    async fn still_holds(&self, ticket: &mut Ticket, lease: Option<&Lease>) -> bool {
+        tokio::select! {
+            biased;
+            holds = ticket.holds(lease) => holds,
+            () = self.shutdown.silent.cancelled() => true,
+        }
+    }
+
+    /// What is to be done after an attempt that ended so.
+    fn next(
+        &self,
+        verdict: &Verdict,
+        limits: &Limits,
+        retry: Option<&Retry>,
+        context: &Context,
+        settle: &dyn Settle,
+    ) -> Next {
+        let keeps = settle.is_durable() || !self.shutdown.draining.is_cancelled();
+        if !settle.can_retry() || !keeps || context.attempt >= self.options.max_attempts {
+            return Next::Conclude;
+        }
+        let delay = ATTEMPTS.delay(context.attempt);
+        match verdict {
+            // Others can do what this worker has no time for.
+            Verdict::Ended(Why::Shutdown, _) if settle.is_durable() => Next::Again(Duration::ZERO),
+            Verdict::Failed(Failure::Permanent(error))
+                if settle.is_durable() && error.code == code::JOB_STOPPED =>
+            {
+                Next::Again(Duration::ZERO)
+            }
+            Verdict::Failed(Failure::Transient(_)) => Next::Again(delay),
+            verdict => {
+                let status = verdict::status(verdict, limits);
+                let again = retry.is_some_and(|retry| retry.covers(status, context.attempt));
+                if again { Next::Again(delay) } else { Next::Conclude }
+            }
+        }
+    }
+
+    fn report_again(&self, id: &JobId, verdict: &Verdict, context: &Context, delay: Duration) {
+        let attempt = context.attempt;
+        let delay_ms = delay.as_millis();
+        match verdict {
+            Verdict::Failed(failure) => {
+                tracing::warn!(job = %id, attempt, %failure, delay_ms, "the infrastructure failed the job; it will be tried again");
+            }
+            Verdict::Ended(Why::Shutdown, _) => {
+                tracing::info!(job = %id, attempt, "the job is left to another worker");
+            }
+            _ => {
+                tracing::info!(job = %id, attempt, delay_ms, "the function failed; its request asks for another attempt");
+            }
+        }
+    }
+
+    /// Records that the job waits again, and gives the request back.
+    async fn give_back(
+        &self,
+        settle: Box<dyn Settle>,
+        ticket: &mut Ticket,
+        delay: Duration,
+    ) -> Result<(), Box<dyn Settle>> {
+        let retry_at = SystemTime::now() + delay;
+        let queued = ticket.update(&self.publisher, |record| {
+            record.state = State::Queued;
+            record.retry_at = Some(retry_at);
+            (record.running_at, record.pulling_at, record.pull) = (None, None, None);
+        });
+        let queued = tokio::select! {
+            biased;
+            queued = queued => queued,
+            // Without a word the request comes back as well, only later.
+            () = self.shutdown.silent.cancelled() => return Ok(()),
+        };
+        if queued.is_err() {
+            // Whoever has it sees to it.
+            return Ok(());
+        }
+        if ticket.cancel_requested() {
+            return Err(settle);
+        }
+        let id = ticket.record().id.clone();
+        match settle.retry(delay).await {
+            Ok(()) => Ok(()),
+            Err(Closed) => {
+                tracing::debug!(job = %id, "nobody takes the job back");
+                Err(Box::new(crate::source::core::Once))
+            }
+        }
+    }
+
+    /// Publishes an outcome, records it, and settles the request, in that order; for as long as it
+    /// takes while the daemon lives, and a moment longer at its end.
+    async fn conclude(
+        &self,
+        mut outcome: Outcome,
+        context: &Context,
+        ticket: &mut Ticket,
+        settle: Box<dyn Settle>,
+    ) {
+        self.report(&outcome);
+        let published = tokio::select! {
+            biased;
+            published = self.publish(&mut outcome, context, ticket) => published,
+            () = self.shutdown.silent.cancelled() => {
+                let (job, status) = (&outcome.id, outcome.status);
+                if settle.is_durable() {
+                    tracing::warn!(%job, %status, "JetStream did not confirm the outcome: the job goes to another worker");
+                } else {
+                    tracing::error!(%job, %status, "NATS did not confirm the outcome: it may be lost");
+                }
+                false
             }
         };
         if published {
-            settle_done(settle).await;
-            clean_up.await;
-        } else {
-            tokio::join!(publish, clean_up);
-            settle_done(settle).await;
+            settle.done().await;
         }
-        drop(slot);
     }
 
-    /// After how long the job is to be tried again; nothing where this attempt was the last.
-    fn retry_delay(
-        &self,
-        id: &JobId,
-        verdict: &Verdict,
-        context: &Context,
-        settle: Option<&dyn Settle>,
-    ) -> Option<Duration> {
-        let Verdict::Failed(failure) = verdict else { return None };
-        if is_suspicious(failure) {
-            self.suspicions.send_modify(|n| *n += 1);
+    /// Publishes and records an outcome. Returns whether the request is done with.
+    async fn publish(&self, outcome: &mut Outcome, context: &Context, ticket: &mut Ticket) -> bool {
+        if is_dead(outcome)
+            && let Some(error) = &outcome.error
+        {
+            let image = outcome.image.as_deref();
+            let bury =
+                self.publisher.bury(&context.message, &outcome.id, image, outcome.attempt, error);
+            bury.await;
         }
-        let attempt = context.message.attempt;
-        let again = settle.is_some_and(Settle::can_retry)
-            && matches!(failure, Failure::Transient(_))
-            && attempt < self.options.max_attempts
-            && !self.shutdown.draining.is_cancelled();
-        if !again {
-            return None;
+        if matches!(ticket, Ticket::Unrecorded(_)) {
+            let json = outcome::json(outcome, self.publisher.json_limit());
+            self.publisher.publish(outcome, &context.route, &self.shutdown.stopping).await;
+            if let Ok(json) = json {
+                // Of nobody but this worker: it cannot be another's.
+                let _ = ticket.end(&self.publisher, &json).await;
+            }
+            return true;
         }
-        let delay = ATTEMPTS.delay(attempt);
-        tracing::warn!(
-            job = %id,
-            attempt,
-            %failure,
-            delay_ms = delay.as_millis(),
-            "the infrastructure failed the job; it will be tried again"
-        );
-        Some(delay)
+        let limit = self.publisher.json_limit() - record::ENDED_OVERHEAD;
+        if let Some(objects) = &self.objects {
+            objects.offload(outcome, self.options.output_limit, limit - RESULT_HEADERS).await;
+        }
+        self.publisher.store(outcome).await;
+        crate::failpoint!("result.published");
+        let json = match outcome::json(outcome, limit) {
+            Ok(json) => json,
+            Err(error) => {
+                tracing::error!(job = %outcome.id, %error, "the outcome makes no JSON");
+                Bytes::new()
+            }
+        };
+        self.publisher.reply(&outcome.id, &json, &context.route.replies).await;
+        if ticket.end(&self.publisher, &json).await.is_err() {
+            tracing::warn!(job = %outcome.id, "another worker has taken the job over while its outcome was published");
+            return false;
+        }
+        crate::failpoint!("record.written");
+        true
     }
 
     /// Answers a message without running it.
     pub async fn refuse(&self, message: Message, error: JobError) {
-        let now = Instant::now();
         // What kind of request it is decides where the answer goes, even if it is a bad one.
-        let (job, context) = match self.decode(message, now) {
-            Ok(decoded) => decoded,
-            Err(refused) => {
-                let (outcome, context) = *refused;
-                self.report(&outcome);
-                self.publish(&outcome, &context.route).await;
-                return;
+        let (decoded, mut context) = self.decode(message, Instant::now());
+        let (id, image, failure) = match decoded {
+            Ok(Request { job, .. }) => {
+                // A request that was told to come back is no job yet.
+                context.route.results = error.code != code::BUSY;
+                (job.id, Some(job.image), Failure::Permanent(error))
             }
+            Err(Refused { id, image, failure }) => (id, image, failure),
         };
-        let mut route = context.route.clone();
-        // A request that was told to come back is no job yet.
-        route.results &= error.code != code::BUSY;
-        let attempt = Attempt::failed(Failure::Permanent(error));
-        let outcome = self.outcome(job.id, Some(job.image), &job.limits, &context, attempt);
+        let outcome = self.outcome(id, image, &NO_LIMITS, &context, Attempt::failed(failure));
         self.report(&outcome);
-        self.publish(&outcome, &route).await;
-    }
-
-    /// Publishes for as long as it takes while the daemon lives, and a moment longer at its end.
-    async fn publish(&self, outcome: &Outcome, route: &Route) {
+        let publish = async {
+            if outcome.status == Status::Rejected
+                && let Some(error) = &outcome.error
+            {
+                let image = outcome.image.as_deref();
+                self.publisher.bury(&context.message, &outcome.id, image, 0, error).await;
+            }
+            self.publisher.publish(&outcome, &context.route, &self.shutdown.stopping).await;
+        };
         tokio::select! {
             biased;
-            () = self.publisher.publish(outcome, route, &self.shutdown.stopping) => {}
+            () = publish => {}
             () = self.shutdown.silent.cancelled() => {
                 let (job, status) = (&outcome.id, outcome.status);
                 tracing::error!(%job, %status, "NATS did not confirm the outcome: it may be lost");
@@ -211,11 +583,42 @@ impl Runner {
         }
     }
 
-    fn decode(
-        &self,
-        message: Message,
-        begun: Instant,
-    ) -> Result<(Job, Context), Box<(Outcome, Context)>> {
+    /// Ends a job whose request was delivered for the last time and never settled. Returns whether
+    /// the request is done with.
+    pub async fn give_up(&self, message: Message) -> bool {
+        let deliveries = message.attempt;
+        let (decoded, mut context) = self.decode(message, Instant::now());
+        let (id, image) = match decoded {
+            Ok(Request { job, .. }) => (job.id, Some(job.image)),
+            Err(Refused { id, image, .. }) => (id, image),
+        };
+        let mut ticket = match self.open(&id, image.clone(), &context).await {
+            Some(Ok(ticket)) => ticket,
+            Some(Err(record)) => {
+                if let Some(record) = record {
+                    self.repeat(&record, &context).await;
+                }
+                return true;
+            }
+            None => return false,
+        };
+        // The claim is no attempt.
+        context.attempt = (ticket.attempt() - 1).max(1);
+        let message = format!(
+            "the request was delivered {deliveries} times, and no worker got to its end: MAX_DELIVER allows no more"
+        );
+        let error = JobError::new(code::MAX_DELIVER, message);
+        let attempt = Attempt::failed(Failure::Permanent(error));
+        let mut outcome = self.outcome(id, image, &NO_LIMITS, &context, attempt);
+        self.report(&outcome);
+        tokio::select! {
+            biased;
+            published = self.publish(&mut outcome, &context, &mut ticket) => published,
+            () = self.shutdown.silent.cancelled() => false,
+        }
+    }
+
+    fn decode(&self, message: Message, begun: Instant) -> (Result<Request, Refused>, Context) {
         let Options { policy, subjects, .. } = &self.options;
         let decoded = request::decode(&message.payload, &message.id, policy, subjects);
         let asked = match &decoded {
@@ -231,22 +634,20 @@ impl Runner {
             }
         }
         let route = Route { results: true, replies };
-        let context = Context { message, route, begun };
-        match decoded {
-            Ok(Request { job, .. }) => Ok((job, context)),
-            Err(refusal) => {
-                let attempt = Attempt::failed(Failure::Rejected(refusal.error));
-                let limits =
-                    Limits { timeout: Duration::ZERO, memory_bytes: 0, cpus: 0.0, pids: 0 };
-                let outcome = self.outcome(refusal.id, refusal.image, &limits, &context, attempt);
-                Err(Box::new((outcome, context)))
-            }
-        }
+        let attempt = message.attempt;
+        let context = Context { message, route, begun, attempt };
+        let decoded = decoded.map_err(|refusal| Refused {
+            id: refusal.id,
+            image: refusal.image,
+            failure: Failure::Rejected(refusal.error),
+        });
+        (decoded, context)
     }
 
     /// Removes what the run left in the engine, as often as it takes. At the daemon's end a second
     /// try must do; the next start sees to the rest.
-    async fn clean_up(&self, run: &mut dyn Run, id: &JobId) {
+    async fn clean_up(&self, run: &mut Option<Box<dyn Run>>, id: &JobId) {
+        let Some(run) = run else { return };
         for failures in 1.. {
             let Err(error) = run.cleanup().await else {
                 return;
@@ -286,8 +687,10 @@ impl Runner {
             exit_code: judged.exit.as_ref().map(|exit| exit.code),
             error: judged.error,
             output: if ran_at_all { output } else { Captured::default() },
+            objects: job::Objects::default(),
+            live_logs_dropped: 0,
             oom_killed: judged.exit.map(|exit| exit.oom_killed),
-            attempt: message.attempt,
+            attempt: context.attempt,
             worker: self.options.worker.clone(),
             start: started.map(|s| s.kind),
             queued_at: message.received_at,
@@ -320,10 +723,12 @@ impl Runner {
     }
 }
 
-async fn settle_done(settle: Option<Box<dyn Settle>>) {
-    if let Some(settle) = settle {
-        settle.done().await;
-    }
+/// Whether a job with this outcome is a dead letter: nothing ran to an end of its own, and sending
+/// the same again as it is may help later, if ever. A worker that was told to stop is no reason.
+fn is_dead(outcome: &Outcome) -> bool {
+    let stopped = [code::SHUTTING_DOWN, code::JOB_STOPPED];
+    matches!(outcome.status, Status::Rejected | Status::Error)
+        && !outcome.error.as_ref().is_some_and(|error| stopped.contains(&error.code.as_ref()))
 }
 
 /// Whether a failure puts the engine itself in doubt.

@@ -1,8 +1,11 @@
 //! What the end of an attempt means for the job. Pure.
 
+use std::time::SystemTime;
+
 use super::attempt::{Verdict, Why};
 use crate::backend::Exit;
 use crate::job::{JobError, Limits, Status, code};
+use crate::protocol::time::rfc3339;
 
 /// What an ending means.
 pub(super) struct Judgement {
@@ -11,6 +14,11 @@ pub(super) struct Judgement {
     pub(super) exit: Option<Exit>,
     /// Whether the command could not be executed.
     pub(super) not_started: bool,
+}
+
+/// The status of a job that ended so.
+pub(super) fn status(verdict: &Verdict, limits: &Limits) -> Status {
+    judge(verdict.clone(), limits).status
 }
 
 pub(super) fn judge(verdict: Verdict, limits: &Limits) -> Judgement {
@@ -41,8 +49,23 @@ pub(super) fn judge(verdict: Verdict, limits: &Limits) -> Judgement {
             let message = "the worker shut down before the function ended";
             done(Status::Error, Some(JobError::new(code::JOB_STOPPED, message)), exit)
         }
+        // What is fenced has no outcome here; were one made, it would be this.
+        Verdict::Ended(Why::Cancelled | Why::Fenced, exit) => {
+            done(Status::Cancelled, Some(cancelled()), exit)
+        }
         Verdict::Failed(failure) => done(failure.status(), Some(failure.error().clone()), None),
     }
+}
+
+/// Why a job was stopped that somebody cancelled.
+pub(super) fn cancelled() -> JobError {
+    JobError::new(code::JOB_CANCELLED, "the job was cancelled on request")
+}
+
+/// Why a job was not started that was too old.
+pub(super) fn expired(at: SystemTime) -> JobError {
+    let message = format!("the job was not started before {}", rfc3339(at));
+    JobError::new(code::JOB_EXPIRED, message)
 }
 
 #[cfg(test)]
@@ -84,6 +107,12 @@ mod tests {
                 Verdict::Ended(Why::Deadline, None),
                 Status::TimedOut,
                 Some(code::JOB_TIMED_OUT),
+                false,
+            ),
+            (
+                Verdict::Ended(Why::Cancelled, Some(exit(0, false))),
+                Status::Cancelled,
+                Some(code::JOB_CANCELLED),
                 false,
             ),
             (Verdict::Ended(Why::Shutdown, None), Status::Error, Some(code::JOB_STOPPED), false),

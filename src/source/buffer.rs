@@ -194,12 +194,17 @@ mod tests {
     fn message(payload: &'static str) -> Message {
         Message {
             payload: Bytes::from_static(payload.as_bytes()),
+            headers: async_nats::HeaderMap::new(),
+            subject: "functions.execute".to_owned(),
             id: crate::job::JobId::new(),
             size: payload.len(),
             reply: None,
             received_at: SystemTime::now(),
             received: std::time::Instant::now(),
             attempt: 1,
+            sequence: None,
+            priority: None,
+            expires_at: None,
         }
     }
 

@@ -14,8 +14,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::buffer::{Buffer, Limits};
-use super::{Closed, Delivery, Message, Settle, Source};
-use crate::job::JobId;
+use super::{Closed, Delivery, Message, Settle, Source, expiry};
+use crate::job::{JobId, Priority};
 use crate::nats::Connection;
 use crate::protocol::headers::NATS_MSG_ID;
 
@@ -63,7 +63,7 @@ impl CoreSource {
 
 #[async_trait]
 impl Source for CoreSource {
-    async fn ready(&mut self) {
+    async fn ready(&mut self, _free: usize) {
         self.buffer.ready().await;
     }
 
@@ -167,16 +167,23 @@ impl Overflow {
 
 /// A message of the client library as one of ours.
 pub fn received(message: async_nats::Message) -> Message {
-    let message_id = message.headers.as_ref().and_then(|headers| headers.get(NATS_MSG_ID));
+    let headers = message.headers.unwrap_or_default();
+    let message_id = headers.get(NATS_MSG_ID);
     let id = message_id.map_or_else(JobId::new, |id| JobId::from_message_id(id.as_str()));
+    let received_at = SystemTime::now();
     Message {
         payload: message.payload,
+        expires_at: expiry(&headers, received_at),
+        headers,
+        subject: message.subject.to_string(),
         id,
         size: message.length,
         reply: message.reply.map(|reply| reply.to_string()),
-        received_at: SystemTime::now(),
+        received_at,
         received: Instant::now(),
         attempt: 1,
+        sequence: None,
+        priority: None,
     }
 }
 
@@ -199,6 +206,14 @@ impl Settle for Requeue {
         message.attempt += 1;
         buffer.put_back(message, after)
     }
+
+    async fn demote(
+        self: Box<Self>,
+        _message: &Message,
+        _priority: Priority,
+    ) -> Result<(), Box<dyn Settle>> {
+        Err(self)
+    }
 }
 
 /// Settles a request that is answered once, whatever the answer.
@@ -214,5 +229,13 @@ impl Settle for Once {
 
     async fn retry(self: Box<Self>, _after: Duration) -> Result<(), Closed> {
         Err(Closed)
+    }
+
+    async fn demote(
+        self: Box<Self>,
+        _message: &Message,
+        _priority: Priority,
+    ) -> Result<(), Box<dyn Settle>> {
+        Err(self)
     }
 }

@@ -16,7 +16,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::Shared;
 use super::container::{Container, engine_lost};
-use crate::backend::{CleanupError, Event, Run, Signal, Started};
+use crate::backend::{CleanupError, Event, Progress, Run, Signal, Started};
 use crate::capture::Stream;
 use crate::job::{Failure, Job, JobError, StartKind, code};
 
@@ -76,9 +76,9 @@ impl ColdRun {
 
 #[async_trait]
 impl Run for ColdRun {
-    async fn start(&mut self) -> Result<Started, Failure> {
+    async fn start(&mut self, progress: &Progress) -> Result<Started, Failure> {
         let begun = Instant::now();
-        let image = self.shared.images.ensure(&self.job.image).await?;
+        let image = self.shared.images.ensure(&self.job.image, progress).await?;
         if self.job.args.is_empty() && !image.has_command {
             return Err(Failure::Rejected(JobError::new(
                 code::IMAGE_NO_COMMAND,

@@ -10,12 +10,15 @@ use bollard::query_parameters::CreateImageOptions;
 use futures::TryStreamExt;
 use futures::future::{BoxFuture, FutureExt, Shared};
 use oci_spec::distribution::Reference;
+use tokio::sync::watch;
 
 use super::credentials;
 use super::engine::{CallError, Engine};
+use super::progress::Layers;
 use super::reference::{AllowList, normalise};
+use crate::backend::Progress;
 use crate::config::{Images, PullPolicy};
-use crate::job::{Failure, JobError, code};
+use crate::job::{Failure, JobError, PullProgress, code};
 
 /// What a container needs to know of its image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,8 +42,12 @@ pub(super) struct Store {
     pulls: Arc<Mutex<HashMap<String, Pull>>>,
 }
 
-/// A pull under way; all who wait for it get its result.
-type Pull = Shared<BoxFuture<'static, Result<(), Failure>>>;
+/// A pull under way; all who wait for it get its result, and see how far it is.
+#[derive(Clone)]
+struct Pull {
+    result: Shared<BoxFuture<'static, Result<(), Failure>>>,
+    progress: watch::Receiver<PullProgress>,
+}
 
 impl Store {
     pub(super) fn new(
@@ -58,8 +65,8 @@ impl Store {
         })
     }
 
-    /// The image `name`, pulled where the policy says so.
-    pub(super) async fn ensure(&self, name: &str) -> Result<Image, Failure> {
+    /// The image `name`, pulled where the policy says so. A pull is told to `progress`.
+    pub(super) async fn ensure(&self, name: &str, progress: &Progress) -> Result<Image, Failure> {
         let reference = normalise(name).ok_or_else(|| {
             Failure::Rejected(JobError::new(
                 code::INVALID_FIELD,
@@ -74,7 +81,7 @@ impl Store {
             ));
         }
         if self.policy == PullPolicy::Always {
-            self.pull(&reference).await?;
+            self.pull(&reference, progress).await?;
         }
         match self.inspect(&full).await {
             Err(e) if e.is_not_found() => {}
@@ -86,7 +93,7 @@ impl Store {
                 format!("the engine does not have {full}, and this worker's PULL_POLICY is never"),
             ));
         }
-        self.pull(&reference).await?;
+        self.pull(&reference, progress).await?;
         self.inspect(&full).await.map_err(Failure::from)
     }
 
@@ -108,7 +115,7 @@ impl Store {
     /// Joins the pull of this reference that is under way, or begins one.
     ///
     /// The pull is a task of its own: it goes on when those who wait for it give up.
-    async fn pull(&self, reference: &Reference) -> Result<(), Failure> {
+    async fn pull(&self, reference: &Reference, progress: &Progress) -> Result<(), Failure> {
         let full = reference.whole();
         let pull = {
             let mut pulls = self.pulls.lock().unwrap_or_else(PoisonError::into_inner);
@@ -121,12 +128,13 @@ impl Store {
                 }
             }
         };
-        pull.await
+        follow(pull, progress).await
     }
 
     fn begin(&self, reference: Reference) -> Pull {
         let (engine, timeout, pulls) = (self.engine.clone(), self.pull_timeout, self.pulls.clone());
         let config_dir = self.config_dir.clone();
+        let (progress, followed) = watch::channel(PullProgress::default());
         let task = tokio::spawn(async move {
             let full = reference.whole();
             // Also when the pull breaks down: a later job must be able to try again.
@@ -134,7 +142,7 @@ impl Store {
                 pulls.lock().unwrap_or_else(PoisonError::into_inner).remove(&full);
             });
             tracing::info!(image = %full, "pulling image");
-            let pull = pull(&engine, &reference, config_dir, timeout);
+            let pull = pull(&engine, &reference, config_dir, timeout, &progress);
             let result = tokio::time::timeout(timeout, pull).await;
             let result = result.unwrap_or_else(|_| Err(timed_out(&full, timeout)));
             match &result {
@@ -144,9 +152,32 @@ impl Store {
             result
         });
         let aborted = || JobError::new(code::IMAGE_PULL_FAILED, "the pull was abandoned");
-        async move { task.await.unwrap_or_else(|_| Err(Failure::Transient(aborted()))) }
-            .boxed()
-            .shared()
+        let result =
+            async move { task.await.unwrap_or_else(|_| Err(Failure::Transient(aborted()))) };
+        Pull { result: result.boxed().shared(), progress: followed }
+    }
+}
+
+/// The result of this pull, which is told to `progress` while it is waited for.
+async fn follow(pull: Pull, progress: &Progress) -> Result<(), Failure> {
+    let Pull { result, progress: mut followed } = pull;
+    let _over = OnDrop(|| {
+        progress.send_replace(None);
+    });
+    let forward = async {
+        loop {
+            let now = *followed.borrow_and_update();
+            progress.send_replace(Some(now));
+            if followed.changed().await.is_err() {
+                // The pull is over; its result says how it went.
+                return std::future::pending().await;
+            }
+        }
+    };
+    tokio::select! {
+        biased;
+        result = result => result,
+        never = forward => never,
     }
 }
 
@@ -170,6 +201,7 @@ async fn pull(
     reference: &Reference,
     config_dir: Option<PathBuf>,
     timeout: Duration,
+    progress: &watch::Sender<PullProgress>,
 ) -> Result<(), Failure> {
     let full = reference.whole();
     // A public image needs none: trouble with them is told where the registry wants them.
@@ -186,13 +218,19 @@ async fn pull(
         tag: reference.digest().or(reference.tag()).map(str::to_owned),
         ..CreateImageOptions::default()
     };
+    let mut layers = Layers::default();
     engine
         .docker()?
         // The engine answers with the first progress, and that comes only with the manifest: a slow
         // registry must not look like a slow engine.
         .with_timeout(timeout + Duration::from_secs(1))
         .create_image(Some(options), None, credentials)
-        .try_for_each(|_progress| futures::future::ok(()))
+        .try_for_each(|said| {
+            layers.observe(&said);
+            let total = layers.total();
+            progress.send_if_modified(|told| std::mem::replace(told, total) != total);
+            futures::future::ok(())
+        })
         .await
         .map_err(|error| classify(&full, error, trouble.as_deref()))
 }
@@ -249,7 +287,54 @@ fn rejected(code: &'static str, message: impl AsRef<str>) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
+    use tokio::sync::oneshot;
+
+    /// A pull that ends when it is told to, and what tells how far it is.
+    fn pull_under_way() -> (Pull, oneshot::Sender<()>, watch::Sender<PullProgress>) {
+        let (end, ended) = oneshot::channel();
+        let (told, progress) = watch::channel(PullProgress::default());
+        let result = async move { ended.await.map_err(|_| rejected(code::IMAGE_NOT_FOUND, "")) };
+        (Pull { result: result.boxed().shared(), progress }, end, told)
+    }
+
+    #[tokio::test]
+    async fn all_who_wait_for_a_pull_see_how_far_it_is() {
+        let (pull, end, told) = pull_under_way();
+        let (first, mut seen_by_first) = watch::channel(None);
+        let (second, mut seen_by_second) = watch::channel(None);
+        let joined = pull.clone();
+        let first = tokio::spawn(async move { follow(pull, &first).await });
+        seen_by_first.wait_for(Option::is_some).await.unwrap();
+        let half = PullProgress { layers: 2, layers_done: 1, bytes: 10, bytes_done: 5 };
+        told.send_replace(half);
+        let second = tokio::spawn(async move {
+            let result = follow(joined, &second).await;
+            // Its end is told before it is returned.
+            assert_eq!(*second.borrow(), None);
+            result
+        });
+        seen_by_first.wait_for(|seen| *seen == Some(half)).await.unwrap();
+        seen_by_second.wait_for(|seen| *seen == Some(half)).await.unwrap();
+        drop(told);
+        end.send(()).unwrap();
+        assert_eq!((first.await.unwrap(), second.await.unwrap()), (Ok(()), Ok(())));
+    }
+
+    #[tokio::test]
+    async fn a_pull_that_nobody_waits_for_any_more_is_none() {
+        let (pull, _end, _told) = pull_under_way();
+        let (progress, mut seen) = watch::channel(None);
+        {
+            let followed = follow(pull, &progress);
+            tokio::pin!(followed);
+            assert!(futures::poll!(followed.as_mut()).is_pending());
+            assert_eq!(*seen.borrow_and_update(), Some(PullProgress::default()));
+        }
+        assert_eq!(*seen.borrow_and_update(), None);
+    }
 
     #[test]
     fn answers_of_registries_are_told_apart() {

@@ -6,6 +6,7 @@ mod credentials;
 mod engine;
 mod image;
 mod owner;
+mod progress;
 mod reap;
 mod reference;
 mod spec;

@@ -10,7 +10,7 @@ use bollard::models::{
 use super::image::Image;
 use crate::config::Confinement;
 use crate::job::Job;
-use crate::protocol::outcome::rfc3339;
+use crate::protocol::time::rfc3339;
 
 /// Label: the job's id.
 pub(super) const LABEL_JOB_ID: &str = "worker-spawner.job-id";

@@ -1,0 +1,218 @@
+//! What takes requests from NATS and hands them to the runner, each with a slot.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::Subscriber;
+use futures::StreamExt;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_util::task::TaskTracker;
+
+use crate::admission::{Slot, Slots};
+use crate::health::{Health, down, up};
+use crate::job::{JobError, JobId, code};
+use crate::nats::Connection;
+use crate::protocol::cancel::{self, Answer};
+use crate::runner::Runner;
+use crate::shutdown::Shutdown;
+use crate::source::core::{Once, received};
+use crate::source::{Delivery, Message, Source};
+use crate::state::Records;
+
+/// Answers under way at once to requests that found the buffer full.
+const REFUSALS: usize = 64;
+/// What a `run` request that waits for a slot counts for beside its own bytes.
+const RUN_OVERHEAD: usize = 2048;
+/// How long the instance that runs a job has to answer a cancellation before the others do.
+const OWNER_FIRST: Duration = Duration::from_millis(250);
+/// How long recording a cancellation may hold up its answer.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(5);
+/// Cancellations that are looked into at once.
+const CANCELLATIONS: usize = 64;
+
+/// The parts that take work and hand it to the runner.
+#[derive(Clone)]
+pub struct Intake {
+    /// The connection.
+    pub connection: Connection,
+    /// Who runs what is taken.
+    pub runner: Arc<Runner>,
+    /// The slots.
+    pub slots: Slots,
+    /// The jobs under way.
+    pub jobs: TaskTracker,
+    /// How far the end has come.
+    pub shutdown: Shutdown,
+    /// How long a `run` request waits for a slot.
+    pub run_slot_timeout: Duration,
+    /// Bytes of `run` requests that may wait.
+    pub buffer_bytes: usize,
+    /// The records of durable jobs, where there are any.
+    pub records: Option<Records>,
+}
+
+impl Intake {
+    /// Runs what `execute` asks for: a healthy engine first, then a free slot, and only then is the
+    /// request taken.
+    pub async fn execute(self, mut source: Box<dyn Source>, mut engine: watch::Receiver<Health>) {
+        loop {
+            let ready = self.unless_draining(async {
+                if *engine.borrow() != Health::Up || self.slots.is_full() {
+                    // Others may have use for what was fetched.
+                    source.rest().await;
+                }
+                up(&mut engine).await;
+                let free = self.slots.free().await;
+                tokio::select! {
+                    () = source.ready(free) => true,
+                    // Back to waiting: what is taken now would only fail.
+                    () = down(&mut engine) => false,
+                }
+            });
+            match ready.await {
+                None => break,
+                Some(false) => continue,
+                Some(true) => {}
+            }
+            // A `run` request may have been faster.
+            if let Some(slot) = self.slots.try_take() {
+                let delivery = source.next().await;
+                self.spawn_job(delivery, slot);
+            }
+        }
+        for message in source.close().await {
+            self.refuse(message, shutting_down());
+        }
+    }
+
+    /// Answers what found the buffer full.
+    pub async fn answer_refused(self, mut refused: mpsc::Receiver<Message>) {
+        let refused = futures::stream::poll_fn(move |context| refused.poll_recv(context));
+        refused
+            .for_each_concurrent(REFUSALS, |message| async {
+                let error = JobError::new(
+                    code::BUFFER_FULL,
+                    "this worker has as many requests waiting as it can hold; try again later",
+                );
+                self.runner.refuse(message, error).await;
+            })
+            .await;
+    }
+
+    /// Runs what `run` asks for, or says at once that it cannot.
+    pub async fn run(self, mut requests: Subscriber, engine: watch::Receiver<Health>) {
+        // In KiB: what waits here is bounded as the buffer of the other requests is.
+        let places = u32::try_from(self.buffer_bytes >> 10).unwrap_or(u32::MAX).min(1 << 29);
+        let waiting = Arc::new(Semaphore::new(places as usize));
+        let mut count = 0;
+        while let Some(Some(message)) = self.unless_draining(requests.next()).await {
+            count += 1;
+            let message = received(message);
+            if *engine.borrow() == Health::Down {
+                let error = JobError::new(
+                    code::ENGINE_UNAVAILABLE,
+                    "the container engine is away; try again later",
+                );
+                self.refuse(message, error);
+                continue;
+            }
+            let weight = u32::try_from((message.size + RUN_OVERHEAD) >> 10).unwrap_or(u32::MAX);
+            let weight = weight.min(places);
+            let Ok(place) = waiting.clone().try_acquire_many_owned(weight) else {
+                self.refuse(message, busy(self.run_slot_timeout));
+                continue;
+            };
+            let daemon = self.clone();
+            self.jobs.spawn(async move {
+                let patience = daemon.run_slot_timeout;
+                let slot = daemon.unless_draining(daemon.slots.take_within(patience)).await;
+                drop(place);
+                match slot {
+                    Some(Some(slot)) => {
+                        let delivery = Delivery { message, settle: Box::new(Once) };
+                        daemon.runner.handle(delivery, slot).await;
+                    }
+                    Some(None) => {
+                        daemon.runner.refuse(message, busy(patience)).await;
+                    }
+                    None => daemon.runner.refuse(message, shutting_down()).await,
+                }
+            });
+        }
+        // What came in before the end of the subscription is answered, too.
+        for message in self.connection.unsubscribe(&mut requests, count).await {
+            self.refuse(received(message), shutting_down());
+        }
+    }
+
+    fn spawn_job(&self, delivery: Delivery, slot: Slot) {
+        let runner = self.runner.clone();
+        self.jobs.spawn(async move { runner.handle(delivery, slot).await });
+    }
+
+    fn refuse(&self, message: Message, error: JobError) {
+        let runner = self.runner.clone();
+        self.jobs.spawn(async move { runner.refuse(message, error).await });
+    }
+
+    /// The future's value, or nothing if the drain begins first.
+    async fn unless_draining<T>(&self, future: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            biased;
+            () = self.shutdown.draining.cancelled() => None,
+            value = future => Some(value),
+        }
+    }
+
+    /// Follows what `cancel` asks for.
+    pub async fn cancel(self, requests: Subscriber) {
+        requests
+            .for_each_concurrent(CANCELLATIONS, |message| self.answer_cancellation(message))
+            .await;
+    }
+
+    async fn answer_cancellation(&self, message: async_nats::Message) {
+        let reply = match cancel::decode(&message.payload) {
+            Err(error) => cancel::refusal(&error),
+            Ok(id) => cancel::answer(&id, &self.cancel_job(&id).await),
+        };
+        if let Some(to) = message.reply
+            && let Err(error) = self.connection.client.publish(to, reply).await
+        {
+            tracing::warn!(%error, "could not answer a cancellation");
+        }
+    }
+
+    /// Cancels a job, wherever it is. Every instance is asked; the one that runs it answers first.
+    async fn cancel_job(&self, id: &JobId) -> Answer {
+        let cancels = self.runner.cancels();
+        if cancels.cancel(id) {
+            tracing::info!(job = %id, "cancelling the job");
+            if let Some(records) = &self.records {
+                // Should this worker die now, the next one knows.
+                let recorded = records.request_cancel(id);
+                let _ = tokio::time::timeout(CANCEL_PATIENCE, recorded).await;
+            }
+            return Answer::Stopping;
+        }
+        tokio::time::sleep(OWNER_FIRST).await;
+        if let Some(records) = &self.records {
+            return records.request_cancel(id).await;
+        }
+        cancels.forbid(id);
+        Answer::WillNotStart
+    }
+}
+
+fn busy(patience: Duration) -> JobError {
+    let patience = humantime::format_duration(patience);
+    JobError::new(code::BUSY, format!("no slot came free within {patience}; try again later"))
+}
+
+fn shutting_down() -> JobError {
+    JobError::new(
+        code::SHUTTING_DOWN,
+        "the worker shut down before the function began; send it again",
+    )
+}
