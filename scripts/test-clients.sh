@@ -149,8 +149,8 @@ at_exit "rm -rf '$WORK'"
 at_exit "docker rmi -f '$IMAGE' >/dev/null 2>&1"
 import_busybox "$IMAGE"
 
-# serve KIND [OPTION…]: a NATS server with these options, and a daemon. One slot, and little patience, so that clients
-# have to come back.
+# serve KIND [OPTION…]: a NATS server with these options, and a daemon whose kind of delivery follows from them. One
+# slot, and little patience, so that clients have to come back.
 serve() {
     local kind=$1 dir="$WORK/nats-$1"
     shift
@@ -161,7 +161,8 @@ serve() {
     env -u REPLY_PREFIXES -u DELIVERY NATS_URL="$NATS_ADDRESS" MAX_CONTAINERS=1 RUN_SLOT_TIMEOUT=50ms PULL_POLICY=never \
         IMAGE_ALLOWLIST='worker-spawner-test/*' "$WORKER_SPAWNER_BIN" >"${LOGS[$kind]}" 2>&1 </dev/null &
     at_exit "stop_process $! 60"
-    wait_until 30 grep -q ' ready ' "${LOGS[$kind]}" || die "the daemon is not ready: $(<"${LOGS[$kind]}")"
+    wait_until 30 grep -q " ready .* delivery=\"$kind\"" "${LOGS[$kind]}" ||
+        die "no daemon with the delivery $kind is ready: $(<"${LOGS[$kind]}")"
 }
 
 # One that nobody listens on.
@@ -174,8 +175,8 @@ if [[ -z ${WORKER_SPAWNER_BIN-} ]]; then
     WORKER_SPAWNER_BIN="$BUILT/worker-spawner"
 fi
 # What a reply to functions.execute means depends on whether a stream keeps the requests.
-serve without-streams
-serve with-streams --jetstream --store_dir "$WORK/store"
+serve core
+serve jetstream --jetstream --store_dir "$WORK/store"
 
 for client in python node rust; do
     try "$client" greets takes_bytes tells_errors waits_for_its_turn

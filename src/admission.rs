@@ -41,13 +41,6 @@ impl Slots {
         self.semaphore.available_permits().max(1)
     }
 
-    /// A slot, if one is free and nobody waits for it.
-    #[must_use]
-    pub fn try_take(&self) -> Option<Slot> {
-        let permit = self.semaphore.clone().try_acquire_owned().ok()?;
-        Some(Slot { _permit: permit })
-    }
-
     /// Whether all slots are taken.
     #[must_use]
     pub fn is_full(&self) -> bool {

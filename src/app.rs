@@ -92,6 +92,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     let runner = Arc::new(runner);
     let intake = Intake {
         connection: connection.clone(),
+        subjects: config.subjects.clone(),
         runner: runner.clone(),
         slots: Slots::new(config.max_containers),
         jobs: TaskTracker::new(),
@@ -114,7 +115,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
         None => {
             let (source, refused) = CoreSource::subscribe(
                 &connection,
-                &config.subjects.execute,
+                &config.subjects,
                 &config.queue_group,
                 Limits { messages: config.buffer_messages, bytes: config.buffer_bytes },
             )
@@ -240,7 +241,7 @@ async fn durable(
         &config.subjects,
         &config.queue_group,
         &config.streams,
-        config.max_attempts,
+        config.max_attempts + source::jetstream::SPARE_DELIVERIES,
         config.object_limit > 0,
     ));
     let mut failures = 0;
@@ -293,7 +294,7 @@ async fn set_up(
 fn source_options(config: &Config) -> source::jetstream::Options {
     source::jetstream::Options {
         ack_wait: config.streams.ack_wait,
-        max_deliver: config.max_attempts,
+        max_attempts: config.max_attempts,
         max_age: config.streams.queue_max_age,
     }
 }
@@ -329,6 +330,7 @@ fn runner_options(config: &Config, worker: &str) -> runner::Options {
         subjects: config.subjects.clone(),
         max_attempts: config.max_attempts,
         output_limit: config.output_limit,
+        look_interval: config.streams.ack_wait / 3,
         live_logs: config.live_logs,
         live_logs_buffer: config.live_logs_buffer,
         stop_grace: config.stop_grace,

@@ -18,7 +18,7 @@ pub struct Cancels {
 
 #[derive(Debug, Default)]
 struct State {
-    running: HashMap<JobId, Vec<CancellationToken>>,
+    running: HashMap<JobId, Vec<Running>>,
     forbidden: HashSet<JobId>,
     oldest: VecDeque<JobId>,
 }
@@ -32,34 +32,43 @@ pub struct Registration {
     pub token: CancellationToken,
 }
 
+#[derive(Clone, Debug)]
+struct Running {
+    token: CancellationToken,
+    recorded: bool,
+}
+
 impl Cancels {
     fn state(&self) -> MutexGuard<'_, State> {
         // Nothing that holds the lock can leave the state half-changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets the job be cancelled from now on. One that was forbidden before is at once.
+    /// Lets the job be cancelled from now on. One that was forbidden before is at once. `recorded` says
+    /// whether there is a record of it.
     #[must_use]
-    pub fn register(&self, id: &JobId) -> Registration {
+    pub fn register(&self, id: &JobId, recorded: bool) -> Registration {
         let token = CancellationToken::new();
         let mut state = self.state();
         if state.forbidden.contains(id) {
             token.cancel();
         }
-        state.running.entry(id.clone()).or_default().push(token.clone());
+        state
+            .running
+            .entry(id.clone())
+            .or_default()
+            .push(Running { token: token.clone(), recorded });
         Registration { cancels: self.clone(), id: id.clone(), token }
     }
 
-    /// Cancels the job if it runs here. Returns whether it does.
+    /// Cancels the job if it runs here. Returns whether there is a record of it; nothing where it does
+    /// not run here.
     #[must_use]
-    pub fn cancel(&self, id: &JobId) -> bool {
-        match self.state().running.get(id) {
-            None => false,
-            Some(tokens) => {
-                tokens.iter().for_each(CancellationToken::cancel);
-                true
-            }
-        }
+    pub fn cancel(&self, id: &JobId) -> Option<bool> {
+        let state = self.state();
+        let running = state.running.get(id)?;
+        running.iter().for_each(|running| running.token.cancel());
+        Some(running.iter().any(|running| running.recorded))
     }
 
     /// Keeps the job from starting here.
@@ -80,7 +89,7 @@ impl Drop for Registration {
     fn drop(&mut self) {
         let mut state = self.cancels.state();
         if let Some(tokens) = state.running.get_mut(&self.id) {
-            if let Some(at) = tokens.iter().position(|token| *token == self.token) {
+            if let Some(at) = tokens.iter().position(|running| running.token == self.token) {
                 tokens.swap_remove(at);
             }
             if tokens.is_empty() {
@@ -97,12 +106,14 @@ mod tests {
     #[test]
     fn only_what_runs_is_cancelled() {
         let (cancels, id) = (Cancels::default(), JobId::new());
-        assert!(!cancels.cancel(&id));
-        let (one, two) = (cancels.register(&id), cancels.register(&id));
+        assert_eq!(cancels.cancel(&id), None);
+        let (one, two) = (cancels.register(&id, true), cancels.register(&id, false));
         drop(one);
-        assert!(!two.token.is_cancelled() && cancels.cancel(&id) && two.token.is_cancelled());
+        assert!(!two.token.is_cancelled());
+        assert_eq!(cancels.cancel(&id), Some(false));
+        assert!(two.token.is_cancelled());
         drop(two);
-        assert!(!cancels.cancel(&id) && cancels.state().running.is_empty());
+        assert!(cancels.cancel(&id).is_none() && cancels.state().running.is_empty());
     }
 
     #[test]
@@ -110,11 +121,11 @@ mod tests {
         let (cancels, id) = (Cancels::default(), JobId::new());
         cancels.forbid(&id);
         cancels.forbid(&id);
-        assert!(cancels.register(&id).token.is_cancelled());
+        assert!(cancels.register(&id, false).token.is_cancelled());
         for _ in 0..REMEMBERED {
             cancels.forbid(&JobId::new());
         }
-        assert!(!cancels.register(&id).token.is_cancelled());
+        assert!(!cancels.register(&id, false).token.is_cancelled());
         assert_eq!(cancels.state().forbidden.len(), REMEMBERED);
     }
 }

@@ -80,6 +80,24 @@ impl Capture {
 }
 
 impl Captured {
+    /// The order in which both streams arrived: the lengths of runs of one stream, in turn, the first
+    /// of standard output.
+    #[must_use]
+    pub fn order(&self) -> &[u32] {
+        &self.runs
+    }
+
+    /// Two streams in a known order. Where the order does not fit the streams, one follows the other.
+    #[must_use]
+    pub fn ordered(stdout: Vec<u8>, stderr: Vec<u8>, order: &[u32]) -> Self {
+        let sum =
+            |skip: usize| order.iter().skip(skip).step_by(2).map(|n| *n as usize).sum::<usize>();
+        let fits = sum(0) == stdout.len() && sum(1) == stderr.len();
+        let length = |stream: &Vec<u8>| u32::try_from(stream.len()).unwrap_or(u32::MAX);
+        let runs = if fits { order.to_vec() } else { vec![length(&stdout), length(&stderr)] };
+        Self { stdout, stderr, stdout_dropped: 0, stderr_dropped: 0, runs }
+    }
+
     /// Keeps the first `limit` bytes of each stream and counts the rest as dropped.
     pub fn cut(&mut self, limit: usize) {
         for (kept, dropped) in [
@@ -183,6 +201,15 @@ mod tests {
             );
             assert_eq!(cut.interleaved(100), kept.interleaved(100));
         }
+    }
+
+    #[test]
+    fn an_order_is_taken_up_again_where_it_fits() {
+        let c = capture(9, &[(Stream::Stderr, "ab"), (Stream::Stdout, "c"), (Stream::Stderr, "d")]);
+        let again = Captured::ordered(c.stdout.clone(), c.stderr.clone(), c.order());
+        assert_eq!(again, c);
+        let unfit = Captured::ordered(b"xyz".to_vec(), b"ab".to_vec(), c.order());
+        assert_eq!(unfit.interleaved(9).0, "xyzab");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::admission::{Slot, Slots};
 use crate::health::{Health, down, up};
 use crate::job::{JobError, JobId, code};
 use crate::nats::Connection;
+use crate::protocol::Subjects;
 use crate::protocol::cancel::{self, Answer};
 use crate::runner::Runner;
 use crate::shutdown::Shutdown;
@@ -26,6 +27,8 @@ const REFUSALS: usize = 64;
 const RUN_OVERHEAD: usize = 2048;
 /// How long the instance that runs a job has to answer a cancellation before the others do.
 const OWNER_FIRST: Duration = Duration::from_millis(250);
+/// How long a request that was fetched waits for a slot before it is left to others.
+const IN_LINE: Duration = Duration::from_secs(1);
 /// How long recording a cancellation may hold up its answer.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(5);
 /// Cancellations that are looked into at once.
@@ -36,6 +39,8 @@ const CANCELLATIONS: usize = 64;
 pub struct Intake {
     /// The connection.
     pub connection: Connection,
+    /// The subjects nobody may have answers sent to.
+    pub subjects: Subjects,
     /// Who runs what is taken.
     pub runner: Arc<Runner>,
     /// The slots.
@@ -75,10 +80,14 @@ impl Intake {
                 Some(false) => continue,
                 Some(true) => {}
             }
-            // A `run` request may have been faster.
-            if let Some(slot) = self.slots.try_take() {
-                let delivery = source.next().await;
-                self.spawn_job(delivery, slot);
+            // A `run` request may have been faster; then this one is next in line.
+            match self.unless_draining(self.slots.take_within(IN_LINE)).await {
+                None => break,
+                Some(None) => {}
+                Some(Some(slot)) => {
+                    let delivery = source.next().await;
+                    self.spawn_job(delivery, slot);
+                }
             }
         }
         for message in source.close().await {
@@ -177,9 +186,13 @@ impl Intake {
             Err(error) => cancel::refusal(&error),
             Ok(id) => cancel::answer(&id, &self.cancel_job(&id).await),
         };
-        if let Some(to) = message.reply
-            && let Err(error) = self.connection.client.publish(to, reply).await
-        {
+        let Some(to) = message.reply else { return };
+        // The daemon may publish where those who cancel may not.
+        if let Err(why) = self.subjects.check_reply(&to) {
+            tracing::warn!(reply = ?to, %why, "no answer is sent there");
+            return;
+        }
+        if let Err(error) = self.connection.client.publish(to, reply).await {
             tracing::warn!(%error, "could not answer a cancellation");
         }
     }
@@ -187,20 +200,21 @@ impl Intake {
     /// Cancels a job, wherever it is. Every instance is asked; the one that runs it answers first.
     async fn cancel_job(&self, id: &JobId) -> Answer {
         let cancels = self.runner.cancels();
-        if cancels.cancel(id) {
+        if let Some(recorded) = cancels.cancel(id) {
             tracing::info!(job = %id, "cancelling the job");
-            if let Some(records) = &self.records {
+            if let Some(records) = self.records.as_ref().filter(|_| recorded) {
                 // Should this worker die now, the next one knows.
                 let recorded = records.request_cancel(id);
                 let _ = tokio::time::timeout(CANCEL_PATIENCE, recorded).await;
             }
             return Answer::Stopping;
         }
+        // What waits in this instance's memory is known to nobody else.
+        cancels.forbid(id);
         tokio::time::sleep(OWNER_FIRST).await;
         if let Some(records) = &self.records {
             return records.request_cancel(id).await;
         }
-        cancels.forbid(id);
         Answer::WillNotStart
     }
 }

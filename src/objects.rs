@@ -6,7 +6,8 @@ use std::time::Duration;
 use async_nats::jetstream::object_store::{GetErrorKind, ObjectStore};
 use tokio::io::AsyncReadExt;
 
-use crate::job::{Failure, JobError, JobId, ObjectRef, Outcome, code};
+use crate::job::{Failure, JobError, ObjectRef, Outcome, code};
+use crate::protocol::outcome::encoded_lengths;
 
 /// How long the store may take for one object.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -35,24 +36,26 @@ impl Objects {
     /// Stores the streams of `outcome` that a message of `room` bytes cannot hold, and cuts what it
     /// keeps of them to `inline` bytes each. A stream that cannot be stored is cut all the same.
     pub async fn offload(&self, outcome: &mut Outcome, inline: usize, room: usize) {
-        let output = &outcome.output;
-        let (out, err) = (output.stdout.len(), output.stderr.len());
+        // In JSON, where bytes may take more room than their own.
+        let (out, err) = encoded_lengths(outcome);
         let half = room / 2;
         let too_big = |this: usize, other: usize| {
             this > inline || (this + other > room && (this > half || other <= half))
         };
         let (big_out, big_err) = (too_big(out, err), too_big(err, out));
         if big_out {
-            outcome.objects.stdout = self.put(&outcome.id, "stdout", &output.stdout).await;
+            outcome.objects.stdout = self.put(outcome, "stdout", &outcome.output.stdout).await;
         }
         if big_err {
-            outcome.objects.stderr = self.put(&outcome.id, "stderr", &output.stderr).await;
+            outcome.objects.stderr = self.put(outcome, "stderr", &outcome.output.stderr).await;
         }
         outcome.output.cut(inline);
     }
 
-    async fn put(&self, id: &JobId, stream: &str, bytes: &[u8]) -> Option<ObjectRef> {
-        let name = format!("{id}/{stream}");
+    async fn put(&self, outcome: &Outcome, stream: &str, bytes: &[u8]) -> Option<ObjectRef> {
+        let id = &outcome.id;
+        // An attempt that lost its job must not replace what belongs to the one that counts.
+        let name = format!("{id}/{}/{stream}", outcome.attempt);
         let mut reader = bytes;
         let put = self.store.put(name.as_str(), &mut reader);
         let error = match tokio::time::timeout(PATIENCE, put).await {

@@ -15,6 +15,7 @@ use crate::job::{JobError, JobId, Outcome};
 use crate::live::{Chunk, End, LiveLog};
 use crate::nats::Connection;
 use crate::protocol::dead_letter::{DeadLetter, Undelivered, dead_letter};
+use crate::protocol::outcome::ResultMessage;
 use crate::protocol::record::Record;
 use crate::protocol::{Subjects, headers, outcome};
 use crate::retry::Backoff;
@@ -71,6 +72,12 @@ impl Publisher {
         Self { streams: Some(Streams { jetstream, topology }), ..self }
     }
 
+    /// The most bytes of a message, its headers included.
+    #[must_use]
+    pub fn max_payload(&self) -> usize {
+        self.connection.client.max_payload()
+    }
+
     /// The most bytes of an outcome's JSON.
     #[must_use]
     pub fn json_limit(&self) -> usize {
@@ -80,11 +87,9 @@ impl Publisher {
     /// Stores the result in its stream, again until the server has confirmed it; waits for as long
     /// as it takes, and the caller bounds the wait. The stream recognises what it has by the
     /// job's id.
-    pub async fn store(&self, outcome: &Outcome) {
-        let limit = self.connection.client.max_payload();
-        let message = outcome::result_message(outcome, limit);
-        let headers = header_map(message.headers);
-        self.keep(&outcome.id, &self.subjects.results, headers, message.body).await;
+    pub async fn store(&self, id: &JobId, result: ResultMessage) {
+        let ResultMessage { headers, body } = result;
+        self.keep(id, &self.subjects.results, header_map(headers), body).await;
     }
 
     /// Publishes the request as a dead letter: into its stream where there is one, again until the

@@ -24,6 +24,9 @@ use crate::topology::{API_TIMEOUT, SetupError, Topology};
 const TROUBLE: Backoff =
     Backoff { first: Duration::from_millis(100), most: Duration::from_secs(5) };
 
+/// The most changes between the output streams of which a record keeps the order.
+const MAX_ORDER: usize = 64;
+
 /// The records of all jobs. Cheap to clone.
 #[derive(Clone)]
 pub struct Records {
@@ -50,14 +53,20 @@ pub struct Opening {
     pub sequence: Option<u64>,
     /// When it was queued.
     pub queued_at: SystemTime,
+    /// Which delivery of the request this worker has; later ones are greater.
+    pub delivery: Option<(u64, u64)>,
 }
 
 /// What there is to do for a job.
 pub enum Opened {
     /// It is this worker's now.
     Mine(Box<Claim>),
+    /// It is this worker's now, and its outcome is known: only to be published.
+    Ending(Box<Claim>),
     /// It ended before: its record says how.
     Ended(Box<Record>),
+    /// Another worker has a later delivery of the same request.
+    Stale,
     /// Another request of the same id is in the queue, and brings the outcome.
     UnderWay,
 }
@@ -66,17 +75,6 @@ pub enum Opened {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("another worker has taken the job over")]
 pub struct Fenced;
-
-/// Why a claim could not be looked at.
-#[derive(Debug, thiserror::Error)]
-pub enum LookError {
-    /// It is another's.
-    #[error(transparent)]
-    Fenced(#[from] Fenced),
-    /// The bucket cannot be reached just now.
-    #[error("the job's record cannot be read")]
-    Unknown,
-}
 
 /// The right to run a job and to end it, until another worker claims it.
 pub struct Claim {
@@ -130,6 +128,13 @@ impl Records {
                 Some(record) if record.state == State::Ended => {
                     return Opened::Ended(Box::new(record.clone()));
                 }
+                Some(record)
+                    if record.sequence == opening.sequence
+                        && record.claim.is_some()
+                        && record.delivery > opening.delivery =>
+                {
+                    return Opened::Stale;
+                }
                 Some(record) => match self.is_another(record, opening).await {
                     Ok(true) => return Opened::UnderWay,
                     Ok(false) => self.claimed(Some(record), opening, &claim),
@@ -159,6 +164,12 @@ impl Records {
         }
     }
 
+    /// The record of a job's end, where there is one and it can be read.
+    pub async fn ended(&self, id: &JobId) -> Option<Box<Record>> {
+        let record = self.read(id).await.ok()?.record?;
+        (record.state == State::Ended).then(|| Box::new(record))
+    }
+
     /// Asks for a job to be cancelled, wherever it is. Waits for JetStream for as long as it takes.
     pub async fn request_cancel(&self, id: &JobId) -> Answer {
         let mut failures = 0;
@@ -172,7 +183,7 @@ impl Records {
             let mut record =
                 stored.record.unwrap_or_else(|| Record::new(id.clone(), State::Queued, now));
             let answer = match record.state {
-                State::Ended => {
+                State::Ending | State::Ended => {
                     let status = record.status().map_or("ended", |status| status.as_str());
                     return Answer::AlreadyEnded(status.to_owned());
                 }
@@ -196,12 +207,23 @@ impl Records {
     }
 
     fn mine(&self, record: Record, revision: u64) -> Opened {
-        Opened::Mine(Box::new(Claim { records: self.clone(), record, revision }))
+        let ending = record.state == State::Ending;
+        let claim = Box::new(Claim { records: self.clone(), record, revision });
+        if ending { Opened::Ending(claim) } else { Opened::Mine(claim) }
     }
 
     /// The record of a job that this worker takes, after what was there before.
     fn claimed(&self, before: Option<&Record>, opening: &Opening, claim: &str) -> Record {
         let now = SystemTime::now();
+        if let Some(before) = before.filter(|before| before.state == State::Ending) {
+            return Record {
+                updated_at: now,
+                claim: Some(claim.to_owned()),
+                sequence: opening.sequence,
+                delivery: opening.delivery,
+                ..before.clone()
+            };
+        }
         let queued_at = before.and_then(|before| before.queued_at).unwrap_or(opening.queued_at);
         Record {
             image: opening.image.clone(),
@@ -212,6 +234,7 @@ impl Records {
             cancel_requested_at: before.and_then(|before| before.cancel_requested_at),
             sequence: opening.sequence,
             claim: Some(claim.to_owned()),
+            delivery: opening.delivery,
             ..Record::new(opening.id.clone(), State::Running, now)
         }
     }
@@ -307,14 +330,16 @@ impl Claim {
         self.record.cancel_requested_at.is_some()
     }
 
-    /// Looks whether the claim still holds, and whether the job is to be cancelled.
+    /// Looks whether the claim still holds, and whether the job is to be cancelled. Where the record
+    /// cannot be read just now, nothing is known, and that is no error.
     ///
     /// # Errors
-    /// It is another's, or nobody knows.
-    pub async fn look(&mut self) -> Result<(), LookError> {
-        let stored = self.records.read(&self.record.id).await.map_err(|()| LookError::Unknown)?;
-        self.adopt(stored)?;
-        Ok(())
+    /// It is another's.
+    pub async fn look(&mut self) -> Result<(), Fenced> {
+        match self.records.read(&self.record.id).await {
+            Ok(stored) => self.adopt(stored),
+            Err(()) => Ok(()),
+        }
     }
 
     /// Changes the record. Waits for JetStream for as long as it takes.
@@ -348,11 +373,13 @@ impl Claim {
         }
     }
 
-    /// Records the outcome, of which this is the JSON. Waits for JetStream for as long as it takes.
+    /// Records the outcome, of which this is the JSON, as the one that will be published: from here
+    /// on whoever has the job publishes this and nothing else. `order` is that of the two output
+    /// streams. Waits for JetStream for as long as it takes.
     ///
     /// # Errors
     /// The job is another's by now: its outcome counts.
-    pub async fn end(&mut self, outcome: &Bytes) -> Result<(), Fenced> {
+    pub async fn decide(&mut self, outcome: &Bytes, order: &[u32]) -> Result<(), Fenced> {
         let now = SystemTime::now();
         let ended = match Record::ended(outcome, self.record.sequence, now) {
             Ok(ended) => ended,
@@ -360,11 +387,33 @@ impl Claim {
             // again, so what is known is written.
             Err(error) => {
                 tracing::error!(job = %self.record.id, %error, "the outcome makes no record");
-                Record { state: State::Ended, ..self.record.clone() }
+                self.record.clone()
             }
         };
-        let claim = self.record.claim.clone();
-        self.update(|record| *record = Record { claim: claim.clone(), ..ended.clone() }).await
+        let (claim, delivery) = (self.record.claim.clone(), self.record.delivery);
+        let order = if order.len() <= MAX_ORDER { order } else { &[] };
+        self.update(|record| {
+            *record = Record {
+                state: State::Ending,
+                claim: claim.clone(),
+                delivery,
+                interleaving: order.to_vec(),
+                ..ended.clone()
+            };
+        })
+        .await
+    }
+
+    /// Records that the outcome is published. Waits for JetStream for as long as it takes.
+    ///
+    /// # Errors
+    /// Another worker has the job, and publishes the same outcome.
+    pub async fn end(&mut self) -> Result<(), Fenced> {
+        self.update(|record| {
+            record.state = State::Ended;
+            record.interleaving.clear();
+        })
+        .await
     }
 
     /// Takes over what others may change in a record; the rest is this worker's own.

@@ -517,9 +517,7 @@ fn shown(name: &str, value: &Value) -> String {
     match value {
         Value::Number(n) if DURATIONS.contains(&name) => match n.as_u64() {
             None | Some(0) => "none".to_owned(),
-            Some(nanos) => {
-                humantime::format_duration(Duration::from_nanos(nanos)).to_string().replace(' ', "")
-            }
+            Some(nanos) => as_the_cli_takes_it(Duration::from_nanos(nanos)),
         },
         Value::Null => "none".to_owned(),
         Value::Number(n) if n.as_i64().is_some_and(|n| n <= 0) => "none".to_owned(),
@@ -532,6 +530,22 @@ fn shown(name: &str, value: &Value) -> String {
         }
         other => other.to_string(),
     }
+}
+
+/// A duration as `nats` takes it in an option: hours, minutes, seconds.
+fn as_the_cli_takes_it(duration: Duration) -> String {
+    let (seconds, nanos) = (duration.as_secs(), duration.subsec_nanos());
+    let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
+    let mut text = String::new();
+    for (value, unit) in [(hours, "h"), (minutes, "m"), (seconds % 60, "s")] {
+        if value > 0 {
+            text.push_str(&format!("{value}{unit}"));
+        }
+    }
+    if nanos > 0 {
+        text.push_str(&format!("{nanos}ns"));
+    }
+    text
 }
 
 #[cfg(test)]

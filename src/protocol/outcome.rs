@@ -6,6 +6,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 use super::headers;
 use super::time::rfc3339;
@@ -37,6 +38,64 @@ pub fn result_message(outcome: &Outcome, limit: usize) -> ResultMessage {
         _ => output.interleaved(room),
     };
     ResultMessage { headers: headers::of(outcome, cut || dropped), body }
+}
+
+/// The results message of an outcome that is known by its JSON alone, as [`json`] encodes it.
+/// `order` is that of the two streams. Nothing where it is no outcome.
+#[must_use]
+pub fn result_of_json(json: &[u8], order: &[u32], limit: usize) -> Option<ResultMessage> {
+    let fields: Map<String, Value> = serde_json::from_slice(json).ok()?;
+    let text = |name: &str| fields.get(name).and_then(Value::as_str);
+    let is_true = |name: &str| fields.get(name).and_then(Value::as_bool) == Some(true);
+    let id = text("id")?;
+    let error = fields.get("error");
+    let mut lines = vec![
+        (headers::JOB_ID, id.to_owned()),
+        (headers::JOB_STATUS, text("status")?.to_owned()),
+        (headers::JOB_ATTEMPT, fields.get("attempt")?.to_string()),
+        (headers::JOB_OUTPUT_TRUNCATED, "false".to_owned()),
+        (headers::NATS_MSG_ID, id.to_owned()),
+    ];
+    let mut optional = |name, value: Option<String>| {
+        lines.extend(value.map(|value| (name, headers::one_line(&value))));
+    };
+    optional(headers::JOB_EXIT_CODE, fields.get("exit_code").map(Value::to_string));
+    optional(headers::JOB_IMAGE, text("image").map(str::to_owned));
+    let of_error = |name: &str| error.and_then(|e| e.get(name)).and_then(Value::as_str);
+    optional(headers::JOB_ERROR, of_error("code").map(str::to_owned));
+    let total = fields.get("timings_ms").and_then(|t| t.get("total")).and_then(Value::as_f64);
+    optional(headers::JOB_DURATION_MS, total.map(|ms| format!("{}", ms.floor())));
+    for (name, stream) in [
+        (headers::JOB_STDOUT_OBJECT, "stdout_object"),
+        (headers::JOB_STDERR_OBJECT, "stderr_object"),
+    ] {
+        let part = |name: &str| fields.get(stream)?.get(name)?.as_str();
+        optional(name, part("bucket").zip(part("name")).map(|(b, n)| format!("{b}/{n}")));
+    }
+    let stream = |name: &str| match text(&format!("{name}_encoding")) {
+        Some("base64") => BASE64.decode(text(name).unwrap_or_default()).unwrap_or_default(),
+        _ => text(name).unwrap_or_default().as_bytes().to_vec(),
+    };
+    let room = limit.saturating_sub(headers::encoded_length(&lines));
+    let (body, cut) = match of_error("message") {
+        Some(message) if fields.get("started_at").is_none() => {
+            let kept = prefix_within(message, room, |_| 0);
+            (Bytes::copy_from_slice(kept.as_bytes()), kept.len() < message.len())
+        }
+        _ => Captured::ordered(stream("stdout"), stream("stderr"), order).interleaved(room),
+    };
+    if cut || is_true("stdout_truncated") || is_true("stderr_truncated") {
+        lines[3].1 = "true".to_owned();
+    }
+    Some(ResultMessage { headers: lines, body })
+}
+
+/// The bytes that the two streams of `outcome` take in its JSON.
+#[must_use]
+pub fn encoded_lengths(outcome: &Outcome) -> (usize, usize) {
+    let output = &outcome.output;
+    let length = |bytes: &[u8]| Text::of(bytes, false).encoded_length();
+    (length(&output.stdout), length(&output.stderr))
 }
 
 /// Why an outcome cannot be sent as JSON.

@@ -176,3 +176,49 @@ proptest! {
         prop_assert_eq!(header(&message, "Job-Output-Truncated").unwrap(), (!whole).to_string());
     }
 }
+
+#[test]
+fn a_result_can_be_made_of_the_outcomes_json() {
+    let mut mixed = outcome(b"out", b"");
+    let mut capture = Capture::new(1 << 20);
+    for (stream, chunk) in
+        [(Stream::Stderr, &b"e1\xff"[..]), (Stream::Stdout, b"o1"), (Stream::Stderr, b"e2")]
+    {
+        capture.push(stream, chunk);
+    }
+    mixed.output = capture.finish();
+    let failed = Outcome {
+        status: Status::Failed,
+        exit_code: Some(3),
+        objects: crate::job::Objects {
+            stdout: Some(ObjectRef {
+                bucket: "b".to_owned(),
+                name: "n/1/stdout".to_owned(),
+                size: 9,
+                digest: "d".to_owned(),
+            }),
+            stderr: None,
+        },
+        ..outcome(b"x", b"y")
+    };
+    let rejected = Outcome {
+        status: Status::Rejected,
+        exit_code: None,
+        started_at: None,
+        error: Some(JobError::new(code::IMAGE_NOT_FOUND, "no such image")),
+        ..outcome(b"", b"")
+    };
+    for outcome in [mixed, failed, rejected] {
+        let json = json(&outcome, 1 << 20).unwrap();
+        let made = result_of_json(&json, outcome.output.order(), 1 << 20).unwrap();
+        let direct = result_message(&outcome, 1 << 20);
+        assert_eq!(made.body, direct.body);
+        let sorted = |message: &ResultMessage| {
+            let mut headers = message.headers.clone();
+            headers.sort_unstable();
+            headers
+        };
+        assert_eq!(sorted(&made), sorted(&direct));
+    }
+    assert_eq!(result_of_json(b"{}", &[], 100), None);
+}

@@ -8,13 +8,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::time::rfc3339;
-use crate::job::{JobId, PullProgress, Status};
+use crate::job::{JobError, JobId, PullProgress, Status};
 
-/// The most bytes by which [`Record::ended`] is longer than the outcome in it.
-pub const ENDED_OVERHEAD: usize = 128;
+/// The most bytes by which a record is longer than the outcome in it, as long as what it says of the
+/// streams' order is short.
+pub const ENDED_OVERHEAD: usize = 1024;
 
 /// The fields an outcome does not have. All others of a record that ended are its outcome's.
-const OWN_FIELDS: [&str; 9] = [
+const OWN_FIELDS: [&str; 11] = [
     "state",
     "pulling_at",
     "running_at",
@@ -24,6 +25,8 @@ const OWN_FIELDS: [&str; 9] = [
     "pull",
     "sequence",
     "claim",
+    "delivery",
+    "interleaving",
 ];
 
 /// Where a job is.
@@ -36,7 +39,9 @@ pub enum State {
     Pulling,
     /// The function runs.
     Running,
-    /// Its outcome is known.
+    /// Its outcome is known, and is being published.
+    Ending,
+    /// Its outcome is published.
     Ended,
 }
 
@@ -85,6 +90,13 @@ pub struct Record {
     /// What tells this holder of the job from any other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub claim: Option<String>,
+    /// Which delivery of the request its holder has: of two holders, the one with the later delivery
+    /// is right. When the consumer was made, in microseconds since 1970, and the consumer's count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delivery: Option<(u64, u64)>,
+    /// The order of the two output streams, as [`crate::capture::Captured::order`] has it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub interleaving: Vec<u32>,
     /// What became of the job: the outcome's fields, but for those that this has itself.
     #[serde(flatten, deserialize_with = "outcome_fields")]
     pub outcome: Option<Map<String, Value>>,
@@ -114,6 +126,8 @@ impl Record {
             pull: None,
             sequence: None,
             claim: None,
+            delivery: None,
+            interleaving: Vec::new(),
             outcome: None,
         }
     }
@@ -160,6 +174,15 @@ impl Record {
     #[must_use]
     pub fn status(&self) -> Option<Status> {
         self.outcome.as_ref()?.get("status")?.as_str()?.parse().ok()
+    }
+
+    /// Why the job did not succeed, where that is known.
+    #[must_use]
+    pub fn error(&self) -> Option<JobError> {
+        let error = self.outcome.as_ref()?.get("error")?;
+        let text = |name: &str| error.get(name).and_then(Value::as_str);
+        let code = text("code")?.to_owned().into();
+        Some(JobError { code, message: text("message").unwrap_or_default().to_owned() })
     }
 
     /// The outcome without what a record adds to it, where the job has ended.

@@ -4,11 +4,14 @@ mod attempt;
 mod ticket;
 mod verdict;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::admission::Slot;
 use crate::backend::{Backend, Run};
@@ -20,14 +23,14 @@ use crate::job::{
 };
 use crate::live::LiveLog;
 use crate::objects::Objects;
+use crate::protocol::outcome::{self, ResultMessage};
 use crate::protocol::record::{self, Record, State};
-use crate::protocol::{Request, Subjects, outcome, request};
+use crate::protocol::{Refusal, Request, Subjects, request};
 use crate::publish::{Publisher, Route};
 use crate::retry::Backoff;
 use crate::shutdown::Shutdown;
-use crate::source::lease::Lease;
-use crate::source::{Closed, Delivery, Message, Settle};
-use crate::state::{Opened, Opening, Records};
+use crate::source::{Closed, Delivery, JOB_TTL, Message, Settle, expiry};
+use crate::state::{Claim, Opened, Opening, Records};
 
 pub use attempt::LAST_PATIENCE;
 use attempt::{Attempt, Orders, Surroundings, Verdict, Why};
@@ -46,7 +49,11 @@ const CLEANUP_TRIES: u32 = 4;
 /// The limits of what never runs.
 const NO_LIMITS: Limits = Limits { timeout: Duration::ZERO, memory_bytes: 0, cpus: 0.0, pids: 0 };
 /// How long the rest of a job's live output may take after its end.
-const LIVE_LOG_PATIENCE: Duration = Duration::from_secs(10);
+const LIVE_LOG_PATIENCE: Duration = Duration::from_secs(60);
+/// Requests that may wait for the outcomes of others of their ids.
+const MAX_FOLLOWERS: usize = 1024;
+/// Delays between their looks.
+const LOOKS: Backoff = Backoff { first: Duration::from_millis(200), most: Duration::from_secs(5) };
 /// Room for the headers of a result, in bytes.
 const RESULT_HEADERS: usize = 4096;
 
@@ -63,6 +70,8 @@ pub struct Options {
     pub max_attempts: u32,
     /// Bytes kept of each output stream.
     pub output_limit: usize,
+    /// How often a running job's record is looked at.
+    pub look_interval: Duration,
     /// Whether output is published while a function runs, unless its request says.
     pub live_logs: bool,
     /// Bytes of a job's live output that may wait for NATS.
@@ -84,6 +93,10 @@ pub struct Runner {
     /// Where big inputs and outputs of such jobs are kept.
     objects: Option<Objects>,
     cancels: Cancels,
+    /// The requests from the queue that this instance is at, by their place.
+    under_way: Mutex<HashMap<u64, CancellationToken>>,
+    /// Requests of jobs that are under way, which wait for their outcome.
+    followers: Semaphore,
     options: Options,
     shutdown: Shutdown,
     /// Told when a run failed for the engine's sake, so that it is looked at before the next.
@@ -105,6 +118,30 @@ struct Refused {
     failure: Failure,
 }
 
+/// An outcome as it is published.
+struct Decided {
+    id: JobId,
+    /// Why the request is a dead letter, where it is one.
+    dead: Option<JobError>,
+    image: Option<String>,
+    attempt: u32,
+    result: ResultMessage,
+    json: Bytes,
+}
+
+/// This instance's place at a request; left when it is dropped.
+struct Turn<'a> {
+    runner: &'a Runner,
+    sequence: u64,
+    _ended: DropGuard,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.runner.turns().remove(&self.sequence);
+    }
+}
+
 /// What remains to be done once an attempt is over.
 enum Next {
     /// The outcome is this attempt's.
@@ -123,8 +160,18 @@ impl Runner {
         shutdown: Shutdown,
         suspicions: watch::Sender<u64>,
     ) -> Self {
-        let (records, objects, cancels) = (None, None, Cancels::default());
-        Self { backend, publisher, records, objects, cancels, options, shutdown, suspicions }
+        Self {
+            backend,
+            publisher,
+            records: None,
+            objects: None,
+            cancels: Cancels::default(),
+            under_way: Mutex::default(),
+            followers: Semaphore::new(MAX_FOLLOWERS),
+            options,
+            shutdown,
+            suspicions,
+        }
     }
 
     /// The same, for jobs from a durable queue.
@@ -156,22 +203,28 @@ impl Runner {
             Ok(request) => (request.job.id.clone(), Some(request.job.image.clone())),
             Err(refused) => (refused.id.clone(), refused.image.clone()),
         };
-        let mut ticket = match self.open(&id, image, &context).await {
-            Some(Ok(ticket)) => ticket,
-            Some(Err(record)) => {
-                drop(slot);
-                if let Some(record) = record {
-                    self.repeat(&record, &context).await;
-                }
-                settle.done().await;
-                return;
-            }
-            None => {
-                let _ = settle.retry(Duration::ZERO).await;
-                return;
-            }
+        // A request that comes again while this instance is at it: its consumer was made anew, or
+        // the server lost sight of it. The one that runs decides what becomes of both.
+        let _turn = self.turn(context.message.sequence).await;
+        let Some((mut ticket, mut settle, slot)) =
+            self.admit(&id, image, &context, settle, slot).await
+        else {
+            return;
         };
         context.attempt = ticket.attempt();
+        if context.attempt > self.options.max_attempts {
+            drop(slot);
+            context.attempt -= 1;
+            let (image, attempts) = (ticket.record().image.clone(), context.attempt);
+            let message = format!(
+                "the job was begun {attempts} times, and no worker got to its end: MAX_DELIVER allows no more"
+            );
+            let error = JobError::new(code::MAX_DELIVER, message);
+            let attempt = Attempt::failed(Failure::Permanent(error));
+            let outcome = self.outcome(id, image, &NO_LIMITS, &context, attempt);
+            self.conclude(outcome, &context, &mut ticket, settle).await;
+            return;
+        }
         let request = match decoded {
             Ok(request) => request,
             Err(Refused { id, image, failure }) => {
@@ -184,7 +237,8 @@ impl Runner {
             }
         };
         let Request { mut job, expires_at, retry, stdin_object, live_logs, .. } = request;
-        let registration = self.cancels.register(&job.id);
+        let recorded = matches!(ticket, Ticket::Claimed(_));
+        let registration = self.cancels.register(&job.id, recorded);
         let orders = Orders { cancelled: registration.token.clone(), ..Orders::default() };
         if ticket.cancel_requested() {
             orders.cancelled.cancel();
@@ -209,8 +263,6 @@ impl Runner {
             return;
         }
         crate::failpoint!("job.claimed");
-        self.publisher.event(ticket.record()).await;
-
         tracing::debug!(job = %job.id, image = %job.image, attempt = context.attempt, "job begins");
         let (id, limits) = (job.id.clone(), job.limits.clone());
         let image = job.image.clone();
@@ -222,16 +274,8 @@ impl Runner {
             Ok(stdin) => {
                 job.stdin = stdin.or(job.stdin);
                 let mut run = self.backend.prepare(job);
-                let attempt = self
-                    .attempt(
-                        run.as_mut(),
-                        &limits,
-                        &mut ticket,
-                        &orders,
-                        settle.lease(),
-                        live.as_ref(),
-                    )
-                    .await;
+                let attempt =
+                    self.attempt(run.as_mut(), &limits, &mut ticket, &orders, live.as_ref()).await;
                 (Some(run), attempt)
             }
             Err(failure) => (None, Attempt::failed(failure)),
@@ -243,9 +287,7 @@ impl Runner {
             dropped
         });
         crate::failpoint!("function.ended");
-        let fenced = matches!(attempt.verdict, Verdict::Ended(Why::Fenced, _))
-            || !self.still_holds(&mut ticket, settle.lease()).await;
-        if fenced {
+        if matches!(attempt.verdict, Verdict::Ended(Why::Fenced, _)) {
             tracing::warn!(job = %id, attempt = context.attempt, "another worker has taken the job over: this attempt counts for nothing");
             self.clean_up(&mut run, &id).await;
             return;
@@ -303,39 +345,151 @@ impl Runner {
         drop((slot, registration));
     }
 
-    /// Opens the job: a ticket for it; or the record of its end, or nothing to say since another
-    /// request brings it; or nothing at all, where the daemon's end comes before an answer.
-    async fn open(
+    /// A ticket for the job, and what goes with it; nothing where it is dealt with otherwise.
+    async fn admit(
         &self,
         id: &JobId,
         image: Option<String>,
         context: &Context,
-    ) -> Option<Result<Ticket, Option<Box<Record>>>> {
+        settle: Box<dyn Settle>,
+        slot: Slot,
+    ) -> Option<(Ticket, Box<dyn Settle>, Slot)> {
         let message = &context.message;
-        let (Some(records), Some(sequence)) = (&self.records, message.sequence) else {
-            let attempt = message.attempt;
-            let (worker, at) = (&self.options.worker, message.received_at);
-            return Some(Ok(Ticket::unrecorded(id.clone(), image, attempt, worker, at)));
+        let (Some(records), Some(_)) = (&self.records, message.sequence) else {
+            let (attempt, at) = (message.attempt, message.received_at);
+            let worker = &self.options.worker;
+            let ticket = Ticket::unrecorded(id.clone(), image, attempt, worker, at);
+            return Some((ticket, settle, slot));
         };
+        match self.open(records, id, image, context).await? {
+            Opened::Mine(claim) => return Some((Ticket::Claimed(claim), settle, slot)),
+            Opened::Ending(mut claim) => {
+                drop(slot);
+                if self.complete(&mut claim, context).await {
+                    settle.done().await;
+                }
+            }
+            Opened::Ended(record) => {
+                drop(slot);
+                self.repeat(&record, context).await;
+                settle.done().await;
+            }
+            Opened::UnderWay => {
+                drop(slot);
+                self.follow(records, id, context, settle).await;
+            }
+            // An answer of any kind would be about the other delivery.
+            Opened::Stale => {
+                tracing::info!(job = %id, "another worker has a later delivery of the request; this one is dropped");
+            }
+        }
+        None
+    }
+
+    /// Opens the job, unless the daemon's end comes before an answer.
+    async fn open(
+        &self,
+        records: &Records,
+        id: &JobId,
+        image: Option<String>,
+        context: &Context,
+    ) -> Option<Opened> {
+        let message = &context.message;
         let opening = Opening {
             id: id.clone(),
             image,
-            sequence: Some(sequence),
+            sequence: message.sequence,
             queued_at: message.received_at,
+            delivery: message.delivery,
         };
-        let opened = tokio::select! {
+        tokio::select! {
             biased;
-            opened = records.open(&opening) => opened,
-            () = self.shutdown.stopping.cancelled() => return None,
+            opened = records.open(&opening) => Some(opened),
+            () = self.shutdown.stopping.cancelled() => None,
+        }
+    }
+
+    /// Waits until this instance is done with another delivery of the same request, and takes its
+    /// place.
+    async fn turn(&self, sequence: Option<u64>) -> Option<Turn<'_>> {
+        let sequence = sequence?;
+        loop {
+            let ended = match self.turns().entry(sequence) {
+                Entry::Vacant(vacant) => {
+                    let ended = CancellationToken::new();
+                    vacant.insert(ended.clone());
+                    return Some(Turn { runner: self, sequence, _ended: ended.drop_guard() });
+                }
+                Entry::Occupied(occupied) => occupied.get().clone(),
+            };
+            ended.cancelled().await;
+        }
+    }
+
+    fn turns(&self) -> MutexGuard<'_, HashMap<u64, CancellationToken>> {
+        // A map is whole whatever its last holder did.
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Settles a request of a job that another request brings to its end, once that is there: whoever
+    /// asked to be told is told.
+    async fn follow(
+        &self,
+        records: &Records,
+        id: &JobId,
+        context: &Context,
+        settle: Box<dyn Settle>,
+    ) {
+        tracing::info!(job = %id, "a request of this id is in the queue already; this one waits for its outcome");
+        if context.route.replies.is_empty() {
+            return settle.done().await;
+        }
+        let Ok(_place) = self.followers.try_acquire() else {
+            tracing::warn!(job = %id, "too many requests wait for outcomes of others; this one goes without an answer");
+            return settle.done().await;
         };
-        Some(match opened {
-            Opened::Mine(claim) => Ok(Ticket::Claimed(claim)),
-            Opened::Ended(record) => Err(Some(record)),
-            Opened::UnderWay => {
-                tracing::info!(job = %id, sequence, "a request of this id is in the queue already; this one is dropped");
-                Err(None)
+        for looks in 1.. {
+            tokio::select! {
+                () = tokio::time::sleep(LOOKS.delay(looks)) => {}
+                () = self.shutdown.draining.cancelled() => {
+                    let _ = settle.retry(Duration::ZERO).await;
+                    return;
+                }
             }
-        })
+            if let Some(record) = records.ended(id).await {
+                self.repeat(&record, context).await;
+                return settle.done().await;
+            }
+        }
+    }
+
+    /// Publishes the outcome that a worker decided on and did not get to publish. Returns whether the
+    /// request is done with.
+    async fn complete(&self, claim: &mut Claim, context: &Context) -> bool {
+        let record = claim.record.clone();
+        let limit = self.publisher.max_payload();
+        let json = record.outcome_json().unwrap_or_default();
+        let Some(result) = outcome::result_of_json(&json, &record.interleaving, limit) else {
+            tracing::error!(job = %record.id, "the record of an outcome that is none");
+            return false;
+        };
+        tracing::info!(job = %record.id, "publishing the outcome another worker left");
+        let decided = Decided {
+            id: record.id.clone(),
+            dead: record.status().and_then(|status| {
+                let error = record.error()?;
+                is_dead(status, Some(&error)).then_some(error)
+            }),
+            image: record.image.clone(),
+            attempt: record.attempt,
+            result,
+            json,
+        };
+        tokio::select! {
+            biased;
+            done = self.announce(claim, context, decided) => done,
+            () = self.shutdown.silent.cancelled() => false,
+        }
     }
 
     /// Says again what became of a job that ended before.
@@ -364,7 +518,6 @@ impl Runner {
         limits: &Limits,
         ticket: &mut Ticket,
         orders: &Orders,
-        lease: Option<&Lease>,
         live: Option<&LiveLog>,
     ) -> Attempt {
         let (progress, told) = watch::channel(None);
@@ -382,19 +535,10 @@ impl Runner {
         tokio::select! {
             biased;
             attempt = attempt::drive(run, &around) => attempt,
-            () = ticket.watch(&self.publisher, told, orders, lease) => {
+            () = ticket.watch(&self.publisher, told, orders, self.options.look_interval) => {
                 // It never returns.
                 Attempt::failed(Failure::Transient(JobError::new(code::ENGINE_ERROR, "")))
             }
-        }
-    }
-
-    /// Whether the job is still this worker's; a daemon at its end does not wait for the answer.
-    async fn still_holds(&self, ticket: &mut Ticket, lease: Option<&Lease>) -> bool {
-        tokio::select! {
-            biased;
-            holds = ticket.holds(lease) => holds,
-            () = self.shutdown.silent.cancelled() => true,
         }
     }
 
@@ -511,43 +655,76 @@ impl Runner {
 
     /// Publishes and records an outcome. Returns whether the request is done with.
     async fn publish(&self, outcome: &mut Outcome, context: &Context, ticket: &mut Ticket) -> bool {
-        if is_dead(outcome)
-            && let Some(error) = &outcome.error
-        {
-            let image = outcome.image.as_deref();
-            let bury =
-                self.publisher.bury(&context.message, &outcome.id, image, outcome.attempt, error);
-            bury.await;
-        }
-        if matches!(ticket, Ticket::Unrecorded(_)) {
-            let json = outcome::json(outcome, self.publisher.json_limit());
-            self.publisher.publish(outcome, &context.route, &self.shutdown.stopping).await;
-            if let Ok(json) = json {
-                // Of nobody but this worker: it cannot be another's.
-                let _ = ticket.end(&self.publisher, &json).await;
+        let claim = match ticket {
+            Ticket::Claimed(claim) => claim,
+            Ticket::Unrecorded(record) => {
+                self.publish_unrecorded(outcome, context, record).await;
+                return true;
             }
-            return true;
-        }
-        let limit = self.publisher.json_limit() - record::ENDED_OVERHEAD;
+        };
+        let limit = self.publisher.json_limit().saturating_sub(record::ENDED_OVERHEAD);
         if let Some(objects) = &self.objects {
-            objects.offload(outcome, self.options.output_limit, limit - RESULT_HEADERS).await;
+            let room = limit.saturating_sub(RESULT_HEADERS);
+            objects.offload(outcome, self.options.output_limit, room).await;
         }
-        self.publisher.store(outcome).await;
-        crate::failpoint!("result.published");
         let json = match outcome::json(outcome, limit) {
             Ok(json) => json,
             Err(error) => {
-                tracing::error!(job = %outcome.id, %error, "the outcome makes no JSON");
+                tracing::error!(job = %outcome.id, %error, "the outcome cannot be recorded");
                 Bytes::new()
             }
         };
-        self.publisher.reply(&outcome.id, &json, &context.route.replies).await;
-        if ticket.end(&self.publisher, &json).await.is_err() {
-            tracing::warn!(job = %outcome.id, "another worker has taken the job over while its outcome was published");
+        // From here on whoever has the job publishes this outcome, and who lost it does not.
+        if claim.decide(&json, outcome.output.order()).await.is_err() {
+            tracing::warn!(job = %outcome.id, "another worker has taken the job over: this outcome counts for nothing");
             return false;
         }
+        crate::failpoint!("outcome.decided");
+        let decided = Decided {
+            id: outcome.id.clone(),
+            dead: outcome.error.clone().filter(|error| is_dead(outcome.status, Some(error))),
+            image: outcome.image.clone(),
+            attempt: outcome.attempt,
+            result: outcome::result_message(outcome, self.publisher.max_payload()),
+            json,
+        };
+        self.announce(claim, context, decided).await
+    }
+
+    /// Publishes an outcome that is recorded: the dead letter, the result, the replies; and records
+    /// that this was done. Returns whether the request is done with.
+    async fn announce(&self, claim: &mut Claim, context: &Context, decided: Decided) -> bool {
+        let Decided { id, dead, image, attempt, result, json } = decided;
+        if let Some(error) = dead {
+            self.publisher.bury(&context.message, &id, image.as_deref(), attempt, &error).await;
+        }
+        self.publisher.store(&id, result).await;
+        crate::failpoint!("result.published");
+        self.publisher.reply(&id, &json, &context.route.replies).await;
+        if claim.end().await.is_err() {
+            tracing::warn!(job = %id, "another worker has taken the job over while its outcome was published");
+            return false;
+        }
+        self.publisher.event(&claim.record).await;
         crate::failpoint!("record.written");
         true
+    }
+
+    async fn publish_unrecorded(&self, outcome: &Outcome, context: &Context, record: &mut Record) {
+        if let Some(error) = &outcome.error
+            && is_dead(outcome.status, Some(error))
+        {
+            let (image, attempt) = (outcome.image.as_deref(), outcome.attempt);
+            self.publisher.bury(&context.message, &outcome.id, image, attempt, error).await;
+        }
+        self.publisher.publish(outcome, &context.route, &self.shutdown.stopping).await;
+        let ended = outcome::json(outcome, self.publisher.json_limit())
+            .ok()
+            .and_then(|json| Record::ended(&json, None, SystemTime::now()).ok());
+        if let Some(ended) = ended {
+            *record = ended;
+            self.publisher.event(record).await;
+        }
     }
 
     /// Answers a message without running it.
@@ -592,15 +769,16 @@ impl Runner {
             Ok(Request { job, .. }) => (job.id, Some(job.image)),
             Err(Refused { id, image, .. }) => (id, image),
         };
-        let mut ticket = match self.open(&id, image.clone(), &context).await {
-            Some(Ok(ticket)) => ticket,
-            Some(Err(record)) => {
-                if let Some(record) = record {
-                    self.repeat(&record, &context).await;
-                }
-                return true;
-            }
-            None => return false,
+        let Some(records) = &self.records else { return false };
+        // Whoever may still have it has an earlier delivery than this.
+        context.message.delivery = Some((u64::MAX, u64::MAX));
+        let mut ticket = match self.open(records, &id, image.clone(), &context).await {
+            Some(Opened::Mine(claim)) => Ticket::Claimed(claim),
+            Some(Opened::Ending(mut claim)) => return self.complete(&mut claim, &context).await,
+            // Those who asked were told then; it is the server that forgot.
+            Some(Opened::Ended(_)) => return true,
+            Some(Opened::UnderWay) => return true,
+            Some(Opened::Stale) | None => return false,
         };
         // The claim is no attempt.
         context.attempt = (ticket.attempt() - 1).max(1);
@@ -636,6 +814,20 @@ impl Runner {
         let route = Route { results: true, replies };
         let attempt = message.attempt;
         let context = Context { message, route, begun, attempt };
+        let decoded = decoded.map_err(|refusal| *refusal).and_then(|request| {
+            match expiry(&context.message.headers, context.message.received_at) {
+                Ok(_) => Ok(request),
+                Err(why) => Err(Refusal {
+                    id: request.job.id,
+                    image: Some(request.job.image),
+                    reply_to: request.reply_to,
+                    error: JobError::new(
+                        code::INVALID_FIELD,
+                        format!("header {JOB_TTL}: expected a duration such as 30s: {why}"),
+                    ),
+                }),
+            }
+        });
         let decoded = decoded.map_err(|refusal| Refused {
             id: refusal.id,
             image: refusal.image,
@@ -725,10 +917,10 @@ impl Runner {
 
 /// Whether a job with this outcome is a dead letter: nothing ran to an end of its own, and sending
 /// the same again as it is may help later, if ever. A worker that was told to stop is no reason.
-fn is_dead(outcome: &Outcome) -> bool {
+fn is_dead(status: Status, error: Option<&JobError>) -> bool {
     let stopped = [code::SHUTTING_DOWN, code::JOB_STOPPED];
-    matches!(outcome.status, Status::Rejected | Status::Error)
-        && !outcome.error.as_ref().is_some_and(|error| stopped.contains(&error.code.as_ref()))
+    matches!(status, Status::Rejected | Status::Error)
+        && !error.is_some_and(|error| stopped.contains(&error.code.as_ref()))
 }
 
 /// Whether a failure puts the engine itself in doubt.

@@ -2,20 +2,16 @@
 
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::attempt::Orders;
 use crate::job::{JobId, PullProgress};
 use crate::protocol::record::{Record, State};
 use crate::publish::Publisher;
-use crate::source::lease::Lease;
-use crate::state::{Claim, Fenced, LookError};
+use crate::state::{Claim, Fenced};
 
 /// How often the progress of a pull is told at most.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
-/// How often a lost look at the record is tried again.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// What a worker keeps of a job it has: a claim where records are kept, else only what events tell.
 pub(super) enum Ticket {
@@ -76,50 +72,17 @@ impl Ticket {
         Ok(())
     }
 
-    /// Records and tells the outcome, of which this is the JSON.
-    pub(super) async fn end(
-        &mut self,
-        publisher: &Publisher,
-        outcome: &Bytes,
-    ) -> Result<(), Fenced> {
-        match self {
-            Self::Claimed(claim) => claim.end(outcome).await?,
-            Self::Unrecorded(record) => {
-                if let Ok(ended) = Record::ended(outcome, record.sequence, SystemTime::now()) {
-                    **record = ended;
-                }
-            }
-        }
-        publisher.event(self.record()).await;
-        Ok(())
-    }
-
-    /// Whether the job is still this worker's. Asks the record where the lease leaves it in doubt,
-    /// for as long as it takes to get an answer.
-    pub(super) async fn holds(&mut self, lease: Option<&Lease>) -> bool {
-        let Self::Claimed(claim) = self else { return true };
-        if lease.is_none_or(Lease::is_sure) {
-            return true;
-        }
-        loop {
-            match claim.look().await {
-                Ok(()) => return true,
-                Err(LookError::Fenced(_)) => return false,
-                Err(LookError::Unknown) => tokio::time::sleep(LOOK_AGAIN).await,
-            }
-        }
-    }
-
     /// Keeps the record up to date and gives the orders that come through it. Never returns.
     pub(super) async fn watch(
         &mut self,
         publisher: &Publisher,
         mut progress: watch::Receiver<Option<PullProgress>>,
         orders: &Orders,
-        lease: Option<&Lease>,
+        look_interval: Duration,
     ) {
+        // Beside the start, not before it.
+        publisher.event(self.record()).await;
         let mut pulling_since = None;
-        let never = Duration::from_secs(365 * 24 * 3600);
         loop {
             tokio::select! {
                 changed = progress.changed() => {
@@ -144,9 +107,9 @@ impl Ticket {
                         progress.mark_changed();
                     }
                 }
-                () = tokio::time::sleep(lease.map_or(never, Lease::interval)) => {
+                () = tokio::time::sleep(look_interval) => {
                     if let Self::Claimed(claim) = self
-                        && let Err(LookError::Fenced(Fenced)) = claim.look().await
+                        && claim.look().await.is_err()
                     {
                         orders.fenced.cancel();
                     }

@@ -7,7 +7,8 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::{Closed, Message};
+use super::{Closed, Message, order};
+use crate::job::Priority;
 
 /// What a waiting message takes beside what arrived, in bytes: its own fields and its place here.
 const OVERHEAD: usize = std::mem::size_of::<Message>() + 64;
@@ -31,7 +32,9 @@ pub struct Limits {
 
 #[derive(Debug, Default)]
 struct State {
-    ready: VecDeque<Message>,
+    /// By priority, the highest first.
+    ready: [VecDeque<Message>; 3],
+    picks: u32,
     /// Messages for another attempt, and when it is due.
     delayed: Vec<(Instant, Message)>,
     bytes: usize,
@@ -40,7 +43,7 @@ struct State {
 
 impl State {
     fn len(&self) -> usize {
-        self.ready.len() + self.delayed.len()
+        self.ready.iter().map(VecDeque::len).sum::<usize>() + self.delayed.len()
     }
 
     /// The next message that is due. Those that waited for another attempt come first: they are
@@ -48,7 +51,10 @@ impl State {
     fn pop(&mut self) -> Option<Message> {
         let message = match self.first_due() {
             Some(index) => Some(self.delayed.swap_remove(index).1),
-            None => self.ready.pop_front(),
+            None => {
+                self.picks = self.picks.wrapping_add(1);
+                order(self.picks).into_iter().find_map(|level| self.ready[level].pop_front())
+            }
         }?;
         self.bytes -= size(&message);
         Some(message)
@@ -60,7 +66,7 @@ impl State {
     }
 
     fn has_due(&self) -> bool {
-        !self.ready.is_empty() || self.first_due().is_some()
+        self.ready.iter().any(|level| !level.is_empty()) || self.first_due().is_some()
     }
 
     /// When the first of the delayed messages will be due.
@@ -81,7 +87,25 @@ impl Buffer {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a message at the end; hands it back where there is no room, or the buffer is closed.
+    /// Puts a message at the end of its priority's queue once more. It was accepted before, so there
+    /// is always room.
+    ///
+    /// # Errors
+    /// The buffer is closed: the message itself.
+    pub fn requeue(&self, message: Message) -> Result<(), Box<Message>> {
+        let mut state = self.state();
+        if state.closed {
+            return Err(Box::new(message));
+        }
+        state.bytes += size(&message);
+        let level = level(&message);
+        state.ready[level].push_back(message);
+        drop(state);
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    /// Adds a message at the end of its priority's queue; hands it back where there is no room, or the buffer is closed.
     ///
     /// # Errors
     /// The message itself.
@@ -93,7 +117,8 @@ impl Buffer {
             return Err(Box::new(message));
         }
         state.bytes += size(&message);
-        state.ready.push_back(message);
+        let level = level(&message);
+        state.ready[level].push_back(message);
         drop(state);
         self.changed.notify_one();
         Ok(())
@@ -176,8 +201,14 @@ impl Buffer {
         let mut state = self.state();
         state.bytes = 0;
         let delayed = std::mem::take(&mut state.delayed).into_iter().map(|(_, message)| message);
-        delayed.chain(std::mem::take(&mut state.ready)).collect()
+        delayed.chain(std::mem::take(&mut state.ready).into_iter().flatten()).collect()
     }
+}
+
+/// Which of the queues a message waits in.
+fn level(message: &Message) -> usize {
+    let priority = message.priority.unwrap_or_default();
+    Priority::ALL.iter().position(|p| *p == priority).unwrap_or(0)
 }
 
 fn size(message: &Message) -> usize {
@@ -203,6 +234,7 @@ mod tests {
             received: std::time::Instant::now(),
             attempt: 1,
             sequence: None,
+            delivery: None,
             priority: None,
             expires_at: None,
         }
@@ -242,6 +274,22 @@ mod tests {
         assert!(buffer.push(message("new")).is_ok());
         assert_eq!(popped(&buffer).as_deref(), Some(&b"late"[..]));
         assert_eq!(popped(&buffer).as_deref(), Some(&b"new"[..]));
+    }
+
+    #[tokio::test]
+    async fn higher_priorities_come_first_and_the_lowest_comes_too() {
+        let buffer = Buffer::new(Limits { messages: 99, bytes: 99_000 });
+        for (priority, payload) in [(Priority::Low, "low"), (Priority::High, "high")] {
+            for _ in 0..32 {
+                let message = Message { priority: Some(priority), ..message(payload) };
+                assert!(buffer.push(message).is_ok());
+            }
+        }
+        let order: Vec<_> = (0..16).filter_map(|_| popped(&buffer)).collect();
+        assert_eq!(order.iter().filter(|payload| *payload == "low").count(), 1, "{order:?}");
+        let moved = Message { priority: Some(Priority::High), ..message("moved") };
+        assert!(buffer.requeue(moved).is_ok());
+        assert_eq!(buffer.drain().len(), 49);
     }
 
     #[tokio::test]

@@ -17,16 +17,17 @@ use super::buffer::{Buffer, Limits};
 use super::{Closed, Delivery, Message, Settle, Source, expiry};
 use crate::job::{JobId, Priority};
 use crate::nats::Connection;
+use crate::protocol::Subjects;
 use crate::protocol::headers::NATS_MSG_ID;
 
 /// How many refused messages may wait to be answered. Beyond it they are only counted: whoever
 /// floods a full buffer gets no buffer for the answers.
 const REFUSED_CAPACITY: usize = 64;
 
-/// A queue-group subscription with its buffer.
+/// Queue-group subscriptions with their buffer.
 pub struct CoreSource {
     buffer: Arc<Buffer>,
-    intake: Option<AbortOnDropHandle<()>>,
+    intakes: Vec<AbortOnDropHandle<()>>,
     closing: CancellationToken,
 }
 
@@ -34,30 +35,36 @@ pub struct CoreSource {
 pub type SubscribeError = async_nats::SubscribeError;
 
 impl CoreSource {
-    /// Subscribes. Messages that find the buffer full come out of the second value.
+    /// Subscribes to the requests of every priority. Messages that find the buffer full come out of
+    /// the second value.
     ///
     /// # Errors
     /// The client is closed.
     pub async fn subscribe(
         connection: &Connection,
-        subject: &str,
+        subjects: &Subjects,
         queue_group: &str,
         limits: Limits,
     ) -> Result<(Self, mpsc::Receiver<Message>), SubscribeError> {
-        let subscriber =
-            connection.client.queue_subscribe(subject.to_owned(), queue_group.to_owned()).await?;
         let buffer = Arc::new(Buffer::new(limits));
         let (refused, refusals) = mpsc::channel(REFUSED_CAPACITY);
         let closing = CancellationToken::new();
-        let intake = Intake {
-            buffer: buffer.clone(),
-            connection: connection.clone(),
-            refused,
-            overflow: Overflow::default(),
-        };
-        let task = tokio::spawn(intake.run(subscriber, closing.clone()));
-        let intake = Some(AbortOnDropHandle::new(task));
-        Ok((Self { buffer, intake, closing }, refusals))
+        let mut intakes = Vec::new();
+        for priority in Priority::ALL {
+            let subject = subjects.execute_at(priority);
+            let subscriber =
+                connection.client.queue_subscribe(subject, queue_group.to_owned()).await?;
+            let intake = Intake {
+                priority,
+                buffer: buffer.clone(),
+                connection: connection.clone(),
+                refused: refused.clone(),
+                overflow: Overflow::default(),
+            };
+            let task = tokio::spawn(intake.run(subscriber, closing.clone()));
+            intakes.push(AbortOnDropHandle::new(task));
+        }
+        Ok((Self { buffer, intakes, closing }, refusals))
     }
 }
 
@@ -75,10 +82,9 @@ impl Source for CoreSource {
 
     async fn close(&mut self) -> Vec<Message> {
         self.closing.cancel();
-        if let Some(intake) = self.intake.take() {
-            // It ends by itself once the server has stopped pushing; one that cannot is aborted.
-            let _ = tokio::time::timeout(Duration::from_secs(5), intake).await;
-        }
+        let ended = futures::future::join_all(self.intakes.drain(..));
+        // They end by themselves once the server has stopped pushing; those that cannot are aborted.
+        let _ = tokio::time::timeout(Duration::from_secs(5), ended).await;
         self.buffer.close();
         self.buffer.drain()
     }
@@ -86,6 +92,7 @@ impl Source for CoreSource {
 
 /// Moves messages from the client's channel to the buffer, so that the socket is always read.
 struct Intake {
+    priority: Priority,
     buffer: Arc<Buffer>,
     connection: Connection,
     refused: mpsc::Sender<Message>,
@@ -112,7 +119,8 @@ impl Intake {
         }
     }
 
-    fn take(&mut self, message: Message) {
+    fn take(&mut self, mut message: Message) {
+        message.priority = Some(self.priority);
         let full = match self.buffer.push(message) {
             Ok(()) => false,
             Err(message) => {
@@ -173,7 +181,7 @@ pub fn received(message: async_nats::Message) -> Message {
     let received_at = SystemTime::now();
     Message {
         payload: message.payload,
-        expires_at: expiry(&headers, received_at),
+        expires_at: expiry(&headers, received_at).unwrap_or_default(),
         headers,
         subject: message.subject.to_string(),
         id,
@@ -183,6 +191,7 @@ pub fn received(message: async_nats::Message) -> Message {
         received: Instant::now(),
         attempt: 1,
         sequence: None,
+        delivery: None,
         priority: None,
     }
 }
@@ -210,9 +219,10 @@ impl Settle for Requeue {
     async fn demote(
         self: Box<Self>,
         _message: &Message,
-        _priority: Priority,
+        priority: Priority,
     ) -> Result<(), Box<dyn Settle>> {
-        Err(self)
+        let demoted = Message { priority: Some(priority), ..self.message.clone() };
+        self.buffer.requeue(demoted).map_err(|_closed| self as Box<dyn Settle>)
     }
 }
 

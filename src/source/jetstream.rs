@@ -7,10 +7,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use async_nats::HeaderMap;
 use async_nats::jetstream::consumer::{Consumer, pull};
-use async_nats::jetstream::message::Acker;
 use async_nats::jetstream::{self, AckKind, Context};
+use async_nats::{HeaderMap, HeaderName, HeaderValue, Request, Subject};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::future::FutureExt;
@@ -18,8 +17,7 @@ use futures::{StreamExt, future};
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::lease::{self, Lease};
-use super::{Closed, Delivery, Message, Settle, Source, expiry};
+use super::{Closed, Delivery, Message, Settle, Source, expiry, order};
 use crate::job::{JobId, Priority};
 use crate::nats::Connection;
 use crate::protocol::Subjects;
@@ -37,14 +35,22 @@ const TROUBLE: Backoff =
 /// its own place and time are new.
 const MOVED_ID: &str = "Worker-Spawner-Id";
 const MOVED_AT: &str = "Worker-Spawner-Queued-At-Ms";
+const MOVED_FROM: &str = "Worker-Spawner-Subject";
+const MOVED_MSG_ID: &str = "Worker-Spawner-Msg-Id";
+/// What three more headers and their framing take in a message, beside their values.
+const MOVED_OVERHEAD: usize = 512;
+
+/// Deliveries that the server allows beyond the attempts a job has: some are no attempt, such as one
+/// that found no slot, one whose worker was gone, and one that came too late.
+pub const SPARE_DELIVERIES: u32 = 10;
 
 /// What a JetStream source needs to know.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// How long a worker may be silent.
     pub ack_wait: Duration,
-    /// How often a request is delivered at most.
-    pub max_deliver: u32,
+    /// How many attempts a job has.
+    pub max_attempts: u32,
     /// How long a request may wait.
     pub max_age: Duration,
 }
@@ -95,19 +101,6 @@ struct Bound {
 struct Sweep {
     order: [usize; 3],
     at: usize,
-}
-
-impl Sweep {
-    /// Which queue is asked first at this pick. Of sixteen picks the lowest is first once and the
-    /// normal one three times; so none starves, however much waits above it.
-    fn of(pick: u32) -> Self {
-        let order = match pick % 16 {
-            0 => [2, 0, 1],
-            4 | 8 | 12 => [1, 0, 2],
-            _ => [0, 1, 2],
-        };
-        Self { order, at: 0 }
-    }
 }
 
 impl JetStreamSource {
@@ -205,8 +198,12 @@ impl JetStreamSource {
     ) -> Result<Delivery, async_nats::Error> {
         let info = message.info()?;
         let (sequence, published) = (info.stream_sequence, info.published);
-        let delivered = u32::try_from(info.delivered).unwrap_or(u32::MAX);
-        let (message, acker) = message.split();
+        let deliveries = u32::try_from(info.delivered).unwrap_or(u32::MAX);
+        let count = info.consumer_sequence;
+        let made = self.levels[at].consumer.as_ref().map(|c| c.cached_info().created);
+        let made = made.map_or(0, |made| made.unix_timestamp_nanos() / 1000);
+        let message = message.message;
+        let Some(reply) = message.reply else { return Err("it has no reply subject".into()) };
         let mut message = recovered(Stored {
             subject: message.subject.to_string(),
             headers: message.headers.unwrap_or_default(),
@@ -214,22 +211,21 @@ impl JetStreamSource {
             sequence,
             stored_at: published.into(),
             created: self.bound.map_or(0, |bound| bound.created),
-            deliveries: delivered,
+            deliveries,
         });
+        message.delivery = Some((u64::try_from(made).unwrap_or(0), count));
         let too_old = message.received_at.checked_add(self.options.max_age);
         message.expires_at = message.expires_at.into_iter().chain(too_old).min();
         message.priority = Some(self.levels[at].priority);
-        let lease = Lease::begin(self.options.ack_wait);
-        let acker = Arc::new(acker);
-        let keep_alive = AbortOnDropHandle::new(tokio::spawn(keep(acker.clone(), lease.clone())));
+        let acker = Acker { connection: self.connection.clone(), subject: reply };
+        let keep_alive = acker.clone().keep_alive(self.options.ack_wait / 3);
         let settle = Box::new(Ack {
-            connection: self.connection.clone(),
             jetstream: self.jetstream.clone(),
             subjects: self.subjects.clone(),
             acker,
-            lease,
-            is_last: delivered >= self.options.max_deliver,
-            _keep_alive: keep_alive,
+            patience: self.options.ack_wait,
+            is_last: deliveries >= self.options.max_attempts + SPARE_DELIVERIES,
+            _keep_alive: AbortOnDropHandle::new(tokio::spawn(keep_alive)),
         });
         Ok(Delivery { message, settle })
     }
@@ -240,7 +236,7 @@ impl JetStreamSource {
         let Some(Bound { epoch, .. }) = self.bound else { return Ok(()) };
         let mut sweep = match self.sweep {
             Some(sweep) => sweep,
-            None => *self.sweep.insert(Sweep::of(self.picks)),
+            None => *self.sweep.insert(Sweep { order: order(self.picks), at: 0 }),
         };
         // A queue with a pull that waits is empty: it would have answered.
         while sweep.at < 3 {
@@ -337,7 +333,10 @@ pub struct Stored {
 /// A request from the stream as one of ours. The same from wherever it is read.
 #[must_use]
 pub fn recovered(stored: Stored) -> Message {
-    let Stored { subject, headers, payload, sequence, stored_at, created, deliveries } = stored;
+    let Stored { mut subject, mut headers, payload, sequence, stored_at, created, deliveries } =
+        stored;
+    let from = header(&headers, MOVED_FROM).map(str::to_owned);
+    let message_id = header(&headers, MOVED_MSG_ID).map(str::to_owned);
     let moved_at = header(&headers, MOVED_AT).and_then(|ms| ms.parse().ok());
     let received_at = moved_at
         .and_then(|ms| SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ms)))
@@ -346,12 +345,30 @@ pub fn recovered(stored: Stored) -> Message {
         || JobId::from_message_id(&format!("{created:x}-{sequence}")),
         JobId::from_message_id,
     );
+    if header(&headers, MOVED_ID).is_some() {
+        headers = headers
+            .iter()
+            .filter(|(name, _)| {
+                let name: &str = name.as_ref();
+                ![MOVED_ID, MOVED_AT, MOVED_FROM, MOVED_MSG_ID, NATS_MSG_ID].contains(&name)
+            })
+            .flat_map(|(name, values)| values.iter().map(|value| (name.clone(), value.clone())))
+            .collect();
+        subject = from.unwrap_or(subject);
+        if let Some(message_id) = message_id {
+            headers.insert(NATS_MSG_ID, message_id);
+        }
+    }
     // Clocks differ: what was stored in the future has not waited.
     let waited = received_at.elapsed().unwrap_or_default();
+    let size_of = |(name, values): (&HeaderName, &Vec<HeaderValue>)| -> usize {
+        values.iter().map(|value| AsRef::<str>::as_ref(name).len() + value.as_str().len() + 4).sum()
+    };
+    let headers_size: usize = headers.iter().map(size_of).sum();
     Message {
-        size: payload.len(),
+        size: payload.len() + headers_size,
         payload,
-        expires_at: expiry(&headers, received_at),
+        expires_at: expiry(&headers, received_at).unwrap_or_default(),
         headers,
         subject,
         id,
@@ -360,6 +377,7 @@ pub fn recovered(stored: Stored) -> Message {
         received: Instant::now().checked_sub(waited).unwrap_or_else(Instant::now),
         attempt: deliveries,
         sequence: Some(sequence),
+        delivery: None,
         priority: None,
     }
 }
@@ -398,7 +416,12 @@ impl Source for JetStreamSource {
             level.pull = None;
         }
         self.sweep = None;
-        let back = self.stash.drain(..).map(|delivery| delivery.settle.retry(Duration::ZERO));
+        // What would not be delivered once more stays until there is a slot.
+        let (back, kept): (Vec<_>, _) =
+            self.stash.drain(..).partition(|delivery| delivery.settle.can_retry());
+        let kept: Vec<Delivery> = kept;
+        self.stash = kept.into();
+        let back = back.into_iter().map(|delivery| delivery.settle.retry(Duration::ZERO));
         // A source that keeps its requests takes them back at any time.
         let _: Vec<Result<(), Closed>> = future::join_all(back).await;
     }
@@ -409,25 +432,36 @@ impl Source for JetStreamSource {
     }
 }
 
-/// Gives signs of life until it is dropped.
-async fn keep(acker: Arc<Acker>, lease: Lease) {
-    loop {
-        tokio::time::sleep(lease.interval()).await;
-        let sent = lease::now();
-        let heard = timeout(lease.interval(), acker.double_ack_with(AckKind::Progress)).await;
-        if matches!(heard, Ok(Ok(()))) {
-            lease.renew(sent);
+/// Tells the server what becomes of one delivery.
+#[derive(Clone)]
+struct Acker {
+    connection: Connection,
+    subject: Subject,
+}
+
+impl Acker {
+    /// Tells the server once. Returns whether it confirmed.
+    async fn tell(&self, kind: AckKind) -> bool {
+        let request = Request::new().payload(kind.into()).timeout(Some(API_TIMEOUT));
+        self.connection.client.send_request(self.subject.clone(), request).await.is_ok()
+    }
+
+    /// Gives signs of life for ever.
+    async fn keep_alive(self, interval: Duration) {
+        loop {
+            tokio::time::sleep(interval).await;
+            let _ = timeout(interval, self.tell(AckKind::Progress)).await;
         }
     }
 }
 
 /// Settles by acknowledgement.
 struct Ack {
-    connection: Connection,
     jetstream: Context,
     subjects: Subjects,
-    acker: Arc<Acker>,
-    lease: Lease,
+    acker: Acker,
+    /// How long an acknowledgement may take: after that the request comes again anyhow.
+    patience: Duration,
     /// Whether the server will not deliver the request again.
     is_last: bool,
     _keep_alive: AbortOnDropHandle<()>,
@@ -438,12 +472,10 @@ impl Ack {
     /// comes back without having heard of it, delivers the request again: the job's record tells
     /// whoever gets it what was done.
     async fn send(&self, kind: AckKind) {
-        let patience = self.lease.interval() * 3;
-        let confirmed = timeout(patience, async {
+        let confirmed = timeout(self.patience, async {
             for failures in 1.. {
-                self.connection.connected().await;
-                let answer = timeout(API_TIMEOUT, self.acker.double_ack_with(kind)).await;
-                if matches!(answer, Ok(Ok(()))) {
+                self.acker.connection.connected().await;
+                if self.acker.tell(kind).await {
                     break;
                 }
                 tokio::time::sleep(TROUBLE.delay(failures)).await;
@@ -467,10 +499,6 @@ impl Settle for Ack {
         true
     }
 
-    fn lease(&self) -> Option<&Lease> {
-        Some(&self.lease)
-    }
-
     async fn done(self: Box<Self>) {
         self.send(AckKind::Ack).await;
     }
@@ -486,12 +514,25 @@ impl Settle for Ack {
         message: &Message,
         priority: Priority,
     ) -> Result<(), Box<dyn Settle>> {
+        let limit = self.acker.connection.client.max_payload();
+        if message.size + message.subject.len() + 2 * message.id.as_str().len() + MOVED_OVERHEAD
+            > limit
+        {
+            // It runs where it is.
+            return Err(self);
+        }
         let mut headers = message.headers.clone();
-        // Under the id it had, the stream would take it for the same message again.
+        if let Some(message_id) = headers.get(NATS_MSG_ID).cloned() {
+            headers.insert(MOVED_MSG_ID, message_id);
+        }
         headers.insert(MOVED_ID, message.id.as_str());
-        headers.insert(NATS_MSG_ID, format!("{}.{priority}", message.id));
+        headers.insert(MOVED_FROM, message.subject.as_str());
         let queued_at = message.received_at.duration_since(SystemTime::UNIX_EPOCH);
         headers.insert(MOVED_AT, queued_at.unwrap_or_default().as_millis().to_string());
+        // Under the id it had, the stream would take it for the same message again; and under this
+        // one it takes a second try to move it for what it is.
+        let place = message.sequence.unwrap_or_default();
+        headers.insert(NATS_MSG_ID, format!("{}.{place}.{priority}", message.id));
         let subject = self.subjects.execute_at(priority);
         let moved = async {
             let publish =
@@ -503,26 +544,7 @@ impl Settle for Ack {
                 self.send(AckKind::Ack).await;
                 Ok(())
             }
-            // It runs where it is.
             _ => Err(self),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_queue_starves() {
-        let mut first = [0; 3];
-        for pick in 0..160 {
-            let order = Sweep::of(pick).order;
-            first[order[0]] += 1;
-            let mut sorted = order;
-            sorted.sort_unstable();
-            assert_eq!(sorted, [0, 1, 2], "every queue is asked at every pick");
-        }
-        assert_eq!(first, [120, 30, 10]);
     }
 }

@@ -8,6 +8,7 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 
 use crate::support::daemon::Settings;
+use crate::support::engine::Engine;
 use crate::support::jetstream::{self as kept, Events, Ledger};
 use crate::support::nats::{NatsOptions, NatsServer, NatsVersion, Store};
 use crate::support::wait::{PATIENCE, within};
@@ -224,13 +225,13 @@ async fn events_are_collected_in_order() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_frozen_daemon_does_nothing_until_it_thaws() {
-    let world = World::start(&[]).await;
+    let world = World::durable(&[]).await;
     world.daemon.freeze();
     let id = world.submit(json!({"parameter": "echo at last"})).await;
     tokio::time::sleep(Duration::from_millis(300)).await;
-    assert!(world.results.of(&id).is_empty());
+    assert_eq!((world.ledger.record(&id).await, world.ledger.queue_messages().await), (None, 1));
     world.daemon.thaw();
-    assert_eq!(world.results.wait_for(&id).await.payload, "at last\n");
+    assert_eq!(world.ended(&id).await.text(), "at last\n");
     let (now, most) = (world.daemon.rss_bytes(), world.daemon.peak_memory());
     assert!(now > 1 << 20 && now <= most, "{now} of {most} bytes");
 }
@@ -244,17 +245,19 @@ fn settings_name_each_point_of_failure() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-#[ignore = "the daemon takes no requests from streams yet"]
 async fn a_durable_world_takes_jobs_to_their_ends() {
-    let world = World::durable(&[]).await;
-    let ended = world.execute(json!({"parameter": "echo kept"})).await;
-    assert_eq!(ended.text(), "kept\n");
-    let id = world.id();
-    let events = world.events(&id).await;
-    world.submit(json!({"id": id, "parameter": "echo submitted"})).await;
-    assert_eq!(world.ended(&id).await.text(), "submitted\n");
-    events.wait_for("ended").await;
-    let refused = world.execute_raw("no request".into(), HeaderMap::new()).await;
-    assert_eq!(refused.code(), "request.invalid_json");
-    world.ledger.settled().await;
+    for version in NatsVersion::all() {
+        let nats = NatsOptions::durable(version);
+        let world = World::durable_with(nats, Engine::shared().await, &[]).await;
+        let ended = world.execute(json!({"parameter": "echo kept"})).await;
+        assert_eq!(ended.text(), "kept\n");
+        let id = world.id();
+        let events = world.events(&id).await;
+        world.submit(json!({"id": id, "parameter": "echo submitted"})).await;
+        assert_eq!(world.ended(&id).await.text(), "submitted\n");
+        events.wait_for("ended").await;
+        let refused = world.execute_raw("no request".into(), HeaderMap::new()).await;
+        assert_eq!(refused.code(), "request.invalid_json");
+        world.ledger.settled().await;
+    }
 }

@@ -102,7 +102,7 @@ impl World {
         Self::durable_with(nats, Engine::shared().await, settings).await
     }
 
-    /// As [`durable`](Self::durable), on such a server.
+    /// As [`durable`](Self::durable), on such a server and that engine.
     pub(crate) async fn durable_with(
         nats: NatsOptions,
         engine: Engine,
