@@ -15,6 +15,7 @@ mod confinement;
 mod connections;
 mod faults;
 mod images;
+mod jetstream;
 mod lifecycle;
 mod limits;
 mod load;
