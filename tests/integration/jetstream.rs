@@ -266,10 +266,10 @@ async fn what_is_there_and_otherwise_is_named_and_left_as_it_is() {
             ("QUEUE_MAX_BYTES", "1MiB", QUEUE, "max_bytes", "1073741824", "1048576"),
             ("DUPLICATE_WINDOW", "1m", QUEUE, "duplicate_window", "5m", "1m"),
             ("STREAM_STORAGE", "memory", QUEUE, "storage", "file", "memory"),
-            ("RESULTS_MAX_AGE", "1h", RESULTS, "max_age", "7days", "1h"),
+            ("RESULTS_MAX_AGE", "1h", RESULTS, "max_age", "168h", "1h"),
             ("RESULTS_MAX_BYTES", "1MiB", RESULTS, "max_bytes", "1073741824", "1048576"),
-            ("DEAD_LETTERS_MAX_AGE", "1h", DEAD_LETTERS, "max_age", "30days", "1h"),
-            ("RECORD_TTL", "8d", "KV_functions_jobs", "max_age", "7days", "8days"),
+            ("DEAD_LETTERS_MAX_AGE", "1h", DEAD_LETTERS, "max_age", "720h", "1h"),
+            ("RECORD_TTL", "8d", "KV_functions_jobs", "max_age", "168h", "192h"),
             ("ACK_WAIT", "5s", "worker-spawners", "ack_wait", "30s", "5s"),
         ] {
             let told = refusal(&settings.clone().set(setting, value)).await;

@@ -10,6 +10,7 @@
 
 mod support;
 
+mod cancel;
 mod commands;
 mod confinement;
 mod connections;
@@ -20,6 +21,7 @@ mod lifecycle;
 mod limits;
 mod load;
 mod outputs;
+mod records;
 mod requests;
 mod servers;
 mod settings;
