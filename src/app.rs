@@ -256,6 +256,11 @@ async fn durable(
                 }
                 tokio::time::sleep(SETUP_RETRY.delay(failures)).await;
             }
+            Err(SetupError::Unavailable(_)) if config.delivery == Delivery::JetStream => {
+                let why =
+                    "this NATS user may not publish to $JS.API.>: grant it, or connect as another";
+                return Err(SetupError::Absent(why.to_owned()));
+            }
             Err(error @ SetupError::Unfit(_)) => return Err(error),
             Err(error) if config.delivery == Delivery::JetStream => return Err(error),
             Err(error) => {

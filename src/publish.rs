@@ -150,7 +150,7 @@ impl Publisher {
                 tracing::warn!(%job, subject, %error, "JetStream did not confirm a message; it is sent again");
             }
             if error.kind() == PublishErrorKind::StreamNotFound || failures > 1 {
-                let _ = topology.ensure(jetstream).await;
+                let _ = topology.mend(jetstream).await;
             }
             tokio::time::sleep(TROUBLE.delay(failures)).await;
         }
@@ -166,7 +166,7 @@ impl Publisher {
 
     /// Publishes what a function prints while it runs; at most `limit` bytes of it wait here.
     #[must_use]
-    pub fn live_log(&self, id: &JobId, limit: usize) -> LiveLog {
+    pub fn live_log(&self, id: &JobId, attempt: u32, limit: usize) -> LiveLog {
         let client = self.connection.client.clone();
         let subjects =
             [Stream::Stdout, Stream::Stderr].map(|s| Subject::from(self.subjects.logs(id, s)));
@@ -178,7 +178,7 @@ impl Publisher {
                 Stream::Stdout => stdout.clone(),
                 Stream::Stderr => stderr.clone(),
             };
-            let headers = header_map(live_headers(&id, &chunk));
+            let headers = header_map(live_headers(&id, attempt, &chunk));
             let client = client.clone();
             async move {
                 if let Err(error) = client.publish_with_headers(subject, headers, chunk.bytes).await
@@ -257,9 +257,10 @@ impl Publisher {
     }
 }
 
-fn live_headers(id: &JobId, chunk: &Chunk) -> Vec<(&'static str, String)> {
+fn live_headers(id: &JobId, attempt: u32, chunk: &Chunk) -> Vec<(&'static str, String)> {
     let mut headers = vec![
         (headers::JOB_ID, id.to_string()),
+        (headers::JOB_ATTEMPT, attempt.to_string()),
         (headers::SEQ, chunk.seq.to_string()),
         (headers::OFFSET, chunk.offset.to_string()),
     ];

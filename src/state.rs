@@ -6,9 +6,9 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use async_nats::jetstream::Context;
 use async_nats::jetstream::kv::{self, Operation, UpdateErrorKind};
-use async_nats::jetstream::stream::Stream;
-use async_nats::jetstream::{Context, ErrorCode};
+use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
 use bytes::Bytes;
 use tokio::time::timeout;
 
@@ -247,13 +247,8 @@ impl Records {
         let message = match self.inner.queue.get_raw_message(other).await {
             Ok(message) => message,
             Err(error) => {
-                use async_nats::jetstream::stream::RawMessageErrorKind;
                 return match error.kind() {
-                    RawMessageErrorKind::JetStream(e)
-                        if e.error_code() == ErrorCode::NO_MESSAGE_FOUND =>
-                    {
-                        Ok(false)
-                    }
+                    RawMessageErrorKind::NoMessageFound => Ok(false),
                     _ => Err(()),
                 };
             }
@@ -305,7 +300,7 @@ impl Records {
         tokio::time::sleep(TROUBLE.delay(failures)).await;
         inner.connection.connected().await;
         if failures > 1 {
-            let mended = inner.topology.ensure(&inner.jetstream).await;
+            let mended = inner.topology.mend(&inner.jetstream).await;
             if let Err(error) = mended
                 && failures.is_multiple_of(10)
             {

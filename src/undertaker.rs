@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use async_nats::jetstream::consumer::{Consumer, pull};
 use async_nats::jetstream::stream::{DirectGetErrorKind, RawMessageErrorKind, Stream};
-use async_nats::jetstream::{AckKind, Context, ErrorCode};
+use async_nats::jetstream::{AckKind, Context};
 use futures::StreamExt;
 use serde::Deserialize;
 
@@ -150,11 +150,7 @@ impl Undertaker {
             Err(error) => {
                 return match error.kind() {
                     // Somebody got to its end after all, or this was done before.
-                    RawMessageErrorKind::JetStream(e)
-                        if e.error_code() == ErrorCode::NO_MESSAGE_FOUND =>
-                    {
-                        Ok(true)
-                    }
+                    RawMessageErrorKind::NoMessageFound => Ok(true),
                     _ => Err(error.into()),
                 };
             }

@@ -441,19 +441,27 @@ impl Config {
             }
         }
 
+        let delivery = p.choice(
+            "DELIVERY",
+            raw.delivery,
+            &[
+                ("auto", Delivery::Auto),
+                ("jetstream", Delivery::JetStream),
+                ("core", Delivery::Core),
+            ],
+        );
+        let prefix = p.subject("SUBJECT_PREFIX", raw.subject_prefix);
+        let queue_group = p.subject("QUEUE_GROUP", raw.queue_group);
+        if delivery != Delivery::Core {
+            p.stream_name("SUBJECT_PREFIX", &prefix);
+            p.stream_name("QUEUE_GROUP", &queue_group);
+        }
+
         Self {
             nats,
-            subjects: Subjects::new(&p.subject("SUBJECT_PREFIX", raw.subject_prefix)),
-            queue_group: p.subject("QUEUE_GROUP", raw.queue_group),
-            delivery: p.choice(
-                "DELIVERY",
-                raw.delivery,
-                &[
-                    ("auto", Delivery::Auto),
-                    ("jetstream", Delivery::JetStream),
-                    ("core", Delivery::Core),
-                ],
-            ),
+            subjects: Subjects::new(&prefix),
+            queue_group,
+            delivery,
             streams,
             max_containers: p.number("MAX_CONTAINERS", raw.max_containers, 1..=10_000),
             max_attempts,

@@ -166,6 +166,17 @@ impl Problems {
         })
     }
 
+    /// Checks a subject that streams, consumers and buckets are named after.
+    pub(super) fn stream_name(&mut self, name: &'static str, subject: &str) {
+        let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        if !subject.chars().all(fits) {
+            let why = format!(
+                "streams are named after it: expected letters, digits, '_', '-' and dots, got {subject:?}; or set DELIVERY=core"
+            );
+            self.say(name, why);
+        }
+    }
+
     pub(super) fn reply_prefixes(
         &mut self,
         name: &'static str,

@@ -99,6 +99,8 @@ fn a_bad_value_says_what_was_expected() {
         ("ENGINE_TIMEOUT", "0s", "longer than zero"),
         ("DELIVERY", "pigeon", "one of auto, jetstream, core"),
         ("SUBJECT_PREFIX", "functions.>", "without spaces"),
+        ("SUBJECT_PREFIX", "fonctions-é", "streams are named after it"),
+        ("QUEUE_GROUP", "a/b", "or set DELIVERY=core"),
         ("REPLY_PREFIXES", "$JS.API", "such as team.replies"),
         ("CONTAINER_NETWORK", "container:abc", "a network's name"),
         ("IMAGE_ALLOWLIST", "a[", "glob patterns"),
