@@ -69,6 +69,8 @@ impl Undertaker {
             if let Err(error) = self.follow(&mut next_sweep, &mut suspects).await {
                 tracing::debug!(%error, "cannot look after what was delivered for the last time");
                 tokio::time::sleep(TROUBLE).await;
+                // What cannot be mended is told by those who take requests.
+                let _ = self.topology.mend(&self.jetstream).await;
             }
         }
     }
