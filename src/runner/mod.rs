@@ -109,6 +109,8 @@ struct Context {
     route: Route,
     begun: Instant,
     attempt: u32,
+    /// How many of the attempts do not count.
+    spare: u32,
 }
 
 /// A request that will not run, and why.
@@ -212,7 +214,8 @@ impl Runner {
             return;
         };
         context.attempt = ticket.attempt();
-        if context.attempt > self.options.max_attempts {
+        context.spare = ticket.record().handed_over;
+        if context.attempt > self.options.max_attempts + context.spare {
             context.attempt -= 1;
             let (image, attempts) = (ticket.record().image.clone(), context.attempt);
             let message = format!(
@@ -556,7 +559,10 @@ impl Runner {
         settle: &dyn Settle,
     ) -> Next {
         let keeps = settle.is_durable() || !self.shutdown.draining.is_cancelled();
-        if !settle.can_retry() || !keeps || context.attempt >= self.options.max_attempts {
+        if !settle.can_retry()
+            || !keeps
+            || context.attempt >= self.options.max_attempts + context.spare
+        {
             return Next::Conclude;
         }
         let delay = ATTEMPTS.delay(context.attempt);
@@ -571,7 +577,8 @@ impl Runner {
             Verdict::Failed(Failure::Transient(_)) => Next::Again(delay),
             verdict => {
                 let status = verdict::status(verdict, limits);
-                let again = retry.is_some_and(|retry| retry.covers(status, context.attempt));
+                let again = retry
+                    .is_some_and(|retry| retry.covers(status, context.attempt - context.spare));
                 if again { Next::Again(delay) } else { Next::Conclude }
             }
         }
@@ -606,7 +613,7 @@ impl Runner {
             record.state = State::Queued;
             record.retry_at = Some(retry_at);
             // A worker that was told to stop is no fault of the job's.
-            record.attempt -= u32::from(!counts && record.attempt > 0);
+            record.handed_over += u32::from(!counts);
             (record.running_at, record.pulling_at, record.pull) = (None, None, None);
         });
         let queued = tokio::select! {
@@ -822,7 +829,7 @@ impl Runner {
         }
         let route = Route { results: true, replies };
         let attempt = message.attempt;
-        let context = Context { message, route, begun, attempt };
+        let context = Context { message, route, begun, attempt, spare: 0 };
         let decoded = decoded.map_err(|refusal| *refusal).and_then(|request| {
             match expiry(&context.message.headers, context.message.received_at) {
                 Ok(_) => Ok(request),
