@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::admission::Slot;
-use crate::backend::{Backend, Run};
+use crate::backend::Backend;
 use crate::cancel::Cancels;
 use crate::capture::Captured;
 use crate::config::Policy;
