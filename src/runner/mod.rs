@@ -109,6 +109,8 @@ struct Context {
     route: Route,
     begun: Instant,
     attempt: u32,
+    /// How many of the attempts do not count.
+    spare: u32,
 }
 
 /// A request that will not run, and why.
@@ -212,8 +214,8 @@ impl Runner {
             return;
         };
         context.attempt = ticket.attempt();
-        if context.attempt > self.options.max_attempts {
-            drop(slot);
+        context.spare = ticket.record().handed_over;
+        if context.attempt > self.options.max_attempts + context.spare {
             context.attempt -= 1;
             let (image, attempts) = (ticket.record().image.clone(), context.attempt);
             let message = format!(
@@ -228,8 +230,9 @@ impl Runner {
         let request = match decoded {
             Ok(request) => request,
             Err(Refused { id, image, failure }) => {
-                // Nothing runs: the answer needs no slot.
-                drop(slot);
+                // Nothing runs: the answer needs no slot. But what a queue keeps is not to be
+                // fetched faster than its end is confirmed.
+                let _slot = Some(slot).filter(|_| settle.is_durable());
                 let outcome =
                     self.outcome(id, image, &NO_LIMITS, &context, Attempt::failed(failure));
                 self.conclude(outcome, &context, &mut ticket, settle).await;
@@ -247,10 +250,12 @@ impl Runner {
         let unstarted = if orders.cancelled.is_cancelled() {
             Some(verdict::cancelled())
         } else {
-            expires_at.filter(|at| *at <= SystemTime::now()).map(verdict::expired)
+            // What was begun in time is brought to its end.
+            expires_at
+                .filter(|at| context.attempt == 1 && *at <= SystemTime::now())
+                .map(verdict::expired)
         };
         if let Some(error) = unstarted {
-            drop(slot);
             let mut outcome = self.outcome(
                 job.id,
                 Some(job.image),
@@ -303,11 +308,17 @@ impl Runner {
             self.report_again(&id, &attempt.verdict, &context, delay);
             // The next attempt must not run beside what is left of this one.
             cleaned = tokio::select! {
+                biased;
                 () = self.clean_up(&mut run, &id) => true,
-                () = self.shutdown.forced.cancelled() => false,
+                () = self.shutdown.silent.cancelled() => false,
             };
-            if cleaned {
-                match self.give_back(settle, &mut ticket, delay).await {
+            if !cleaned && settle.is_durable() {
+                // It comes again when this worker has been silent for long enough.
+                return;
+            }
+            if cleaned && !orders.cancelled.is_cancelled() {
+                let counts = !delay.is_zero();
+                match self.give_back(settle, &mut ticket, delay, counts).await {
                     Ok(()) => return,
                     // Nobody takes the job back: this attempt was the last.
                     Err(back) => settle = back,
@@ -317,7 +328,8 @@ impl Runner {
 
         let mut outcome = self.outcome(id.clone(), Some(image), &limits, &context, attempt);
         outcome.live_logs_dropped = live_logs_dropped;
-        if ticket.cancel_requested() && matches!(next, Next::Again(_)) {
+        let cancelled = orders.cancelled.is_cancelled() || ticket.cancel_requested();
+        if cancelled && matches!(next, Next::Again(_)) {
             outcome.status = Status::Cancelled;
             outcome.error = Some(verdict::cancelled());
         }
@@ -364,13 +376,11 @@ impl Runner {
         match self.open(records, id, image, context).await? {
             Opened::Mine(claim) => return Some((Ticket::Claimed(claim), settle, slot)),
             Opened::Ending(mut claim) => {
-                drop(slot);
                 if self.complete(&mut claim, context).await {
                     settle.done().await;
                 }
             }
             Opened::Ended(record) => {
-                drop(slot);
                 self.repeat(&record, context).await;
                 settle.done().await;
             }
@@ -476,10 +486,7 @@ impl Runner {
         tracing::info!(job = %record.id, "publishing the outcome another worker left");
         let decided = Decided {
             id: record.id.clone(),
-            dead: record.status().and_then(|status| {
-                let error = record.error()?;
-                is_dead(status, Some(&error)).then_some(error)
-            }),
+            dead: record.error().filter(|_| record.status().is_some_and(is_dead)),
             image: record.image.clone(),
             attempt: record.attempt,
             result,
@@ -552,7 +559,10 @@ impl Runner {
         settle: &dyn Settle,
     ) -> Next {
         let keeps = settle.is_durable() || !self.shutdown.draining.is_cancelled();
-        if !settle.can_retry() || !keeps || context.attempt >= self.options.max_attempts {
+        if !settle.can_retry()
+            || !keeps
+            || context.attempt >= self.options.max_attempts + context.spare
+        {
             return Next::Conclude;
         }
         let delay = ATTEMPTS.delay(context.attempt);
@@ -567,7 +577,8 @@ impl Runner {
             Verdict::Failed(Failure::Transient(_)) => Next::Again(delay),
             verdict => {
                 let status = verdict::status(verdict, limits);
-                let again = retry.is_some_and(|retry| retry.covers(status, context.attempt));
+                let again = retry
+                    .is_some_and(|retry| retry.covers(status, context.attempt - context.spare));
                 if again { Next::Again(delay) } else { Next::Conclude }
             }
         }
@@ -595,11 +606,14 @@ impl Runner {
         settle: Box<dyn Settle>,
         ticket: &mut Ticket,
         delay: Duration,
+        counts: bool,
     ) -> Result<(), Box<dyn Settle>> {
         let retry_at = SystemTime::now() + delay;
         let queued = ticket.update(&self.publisher, |record| {
             record.state = State::Queued;
             record.retry_at = Some(retry_at);
+            // A worker that was told to stop is no fault of the job's.
+            record.handed_over += u32::from(!counts);
             (record.running_at, record.pulling_at, record.pull) = (None, None, None);
         });
         let queued = tokio::select! {
@@ -682,7 +696,7 @@ impl Runner {
         crate::failpoint!("outcome.decided");
         let decided = Decided {
             id: outcome.id.clone(),
-            dead: outcome.error.clone().filter(|error| is_dead(outcome.status, Some(error))),
+            dead: outcome.error.clone().filter(|_| is_dead(outcome.status)),
             image: outcome.image.clone(),
             attempt: outcome.attempt,
             result: outcome::result_message(outcome, self.publisher.max_payload()),
@@ -711,8 +725,10 @@ impl Runner {
     }
 
     async fn publish_unrecorded(&self, outcome: &Outcome, context: &Context, record: &mut Record) {
+        // That a worker was told to stop is no reason: whoever sent it is told to send it again.
         if let Some(error) = &outcome.error
-            && is_dead(outcome.status, Some(error))
+            && is_dead(outcome.status)
+            && error.code != code::JOB_STOPPED
         {
             let (image, attempt) = (outcome.image.as_deref(), outcome.attempt);
             self.publisher.bury(&context.message, &outcome.id, image, attempt, error).await;
@@ -813,7 +829,7 @@ impl Runner {
         }
         let route = Route { results: true, replies };
         let attempt = message.attempt;
-        let context = Context { message, route, begun, attempt };
+        let context = Context { message, route, begun, attempt, spare: 0 };
         let decoded = decoded.map_err(|refusal| *refusal).and_then(|request| {
             match expiry(&context.message.headers, context.message.received_at) {
                 Ok(_) => Ok(request),
@@ -915,12 +931,10 @@ impl Runner {
     }
 }
 
-/// Whether a job with this outcome is a dead letter: nothing ran to an end of its own, and sending
-/// the same again as it is may help later, if ever. A worker that was told to stop is no reason.
-fn is_dead(status: Status, error: Option<&JobError>) -> bool {
-    let stopped = [code::SHUTTING_DOWN, code::JOB_STOPPED];
+/// Whether a job that ended so is a dead letter: nothing ran to an end of its own, and sending the
+/// same again as it is may help later, if ever.
+fn is_dead(status: Status) -> bool {
     matches!(status, Status::Rejected | Status::Error)
-        && !error.is_some_and(|error| stopped.contains(&error.code.as_ref()))
 }
 
 /// Whether a failure puts the engine itself in doubt.

@@ -99,14 +99,17 @@ pub trait Settle: Send {
 #[async_trait]
 pub trait Source: Send {
     /// Waits until there is a delivery, without taking it: who waits for work holds no slot that
-    /// others could use. There are `free` slots, one at least. Cancel-safe.
-    async fn ready(&mut self, free: usize);
+    /// others could use. There is a free one now. Cancel-safe.
+    async fn ready(&mut self);
 
     /// The next delivery. Cancel-safe. Waits for ever when there is none.
     async fn next(&mut self) -> Delivery;
 
-    /// There is no use for work now: what was fetched and not taken is left to others. Cancel-safe.
-    async fn rest(&mut self) {}
+    /// There is no use for work now: what was fetched and not taken is left to others, after a
+    /// moment. Never returns. Cancel-safe.
+    async fn rest(&mut self) {
+        std::future::pending().await
+    }
 
     /// Takes no more requests, and hands back those nobody has taken and nobody else will.
     async fn close(&mut self) -> Vec<Message>;
