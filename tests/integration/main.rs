@@ -10,15 +10,18 @@
 
 mod support;
 
+mod big_objects;
 mod cancel;
 mod commands;
 mod confinement;
 mod connections;
+mod dead_letters;
 mod faults;
 mod images;
 mod jetstream;
 mod lifecycle;
 mod limits;
+mod live_logs;
 mod load;
 mod outputs;
 mod priorities;
