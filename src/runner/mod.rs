@@ -109,6 +109,8 @@ struct Context {
     route: Route,
     begun: Instant,
     attempt: u32,
+    /// How many of the attempts do not count.
+    spare: u32,
 }
 
 /// A request that will not run, and why.
@@ -212,7 +214,8 @@ impl Runner {
             return;
         };
         context.attempt = ticket.attempt();
-        if context.attempt > self.options.max_attempts {
+        context.spare = ticket.record().handed_over;
+        if context.attempt > self.options.max_attempts + context.spare {
             context.attempt -= 1;
             let (image, attempts) = (ticket.record().image.clone(), context.attempt);
             let message = format!(
@@ -247,7 +250,10 @@ impl Runner {
         let unstarted = if orders.cancelled.is_cancelled() {
             Some(verdict::cancelled())
         } else {
-            expires_at.filter(|at| *at <= SystemTime::now()).map(verdict::expired)
+            // What was begun in time is brought to its end.
+            expires_at
+                .filter(|at| context.attempt == 1 && *at <= SystemTime::now())
+                .map(verdict::expired)
         };
         if let Some(error) = unstarted {
             let mut outcome = self.outcome(
@@ -310,7 +316,7 @@ impl Runner {
                 // It comes again when this worker has been silent for long enough.
                 return;
             }
-            if cleaned {
+            if cleaned && !orders.cancelled.is_cancelled() {
                 let counts = !delay.is_zero();
                 match self.give_back(settle, &mut ticket, delay, counts).await {
                     Ok(()) => return,
@@ -322,7 +328,8 @@ impl Runner {
 
         let mut outcome = self.outcome(id.clone(), Some(image), &limits, &context, attempt);
         outcome.live_logs_dropped = live_logs_dropped;
-        if ticket.cancel_requested() && matches!(next, Next::Again(_)) {
+        let cancelled = orders.cancelled.is_cancelled() || ticket.cancel_requested();
+        if cancelled && matches!(next, Next::Again(_)) {
             outcome.status = Status::Cancelled;
             outcome.error = Some(verdict::cancelled());
         }
@@ -552,7 +559,10 @@ impl Runner {
         settle: &dyn Settle,
     ) -> Next {
         let keeps = settle.is_durable() || !self.shutdown.draining.is_cancelled();
-        if !settle.can_retry() || !keeps || context.attempt >= self.options.max_attempts {
+        if !settle.can_retry()
+            || !keeps
+            || context.attempt >= self.options.max_attempts + context.spare
+        {
             return Next::Conclude;
         }
         let delay = ATTEMPTS.delay(context.attempt);
@@ -567,7 +577,8 @@ impl Runner {
             Verdict::Failed(Failure::Transient(_)) => Next::Again(delay),
             verdict => {
                 let status = verdict::status(verdict, limits);
-                let again = retry.is_some_and(|retry| retry.covers(status, context.attempt));
+                let again = retry
+                    .is_some_and(|retry| retry.covers(status, context.attempt - context.spare));
                 if again { Next::Again(delay) } else { Next::Conclude }
             }
         }
@@ -602,7 +613,7 @@ impl Runner {
             record.state = State::Queued;
             record.retry_at = Some(retry_at);
             // A worker that was told to stop is no fault of the job's.
-            record.attempt -= u32::from(!counts && record.attempt > 0);
+            record.handed_over += u32::from(!counts);
             (record.running_at, record.pulling_at, record.pull) = (None, None, None);
         });
         let queued = tokio::select! {
@@ -818,7 +829,7 @@ impl Runner {
         }
         let route = Route { results: true, replies };
         let attempt = message.attempt;
-        let context = Context { message, route, begun, attempt };
+        let context = Context { message, route, begun, attempt, spare: 0 };
         let decoded = decoded.map_err(|refusal| *refusal).and_then(|request| {
             match expiry(&context.message.headers, context.message.received_at) {
                 Ok(_) => Ok(request),

@@ -73,7 +73,10 @@ async fn output_that_does_not_fit_is_an_object() {
         let ended = world.execute(json!({"parameter": ["sh", "-c", script]})).await;
         assert!(object(&world, &ended, "stderr").await == numbers(400_000));
         assert!(!has_object(&ended, "stdout"));
-        assert_eq!((ended.text().as_str(), &ended.outcome["stdout_truncated"]), ("small\n", &json!(false)));
+        assert_eq!(
+            (ended.text().as_str(), &ended.outcome["stdout_truncated"]),
+            ("small\n", &json!(false))
+        );
 
         // Bytes that are no text.
         let script = "for i in $(seq 1 3000); do cat /etc/every-byte; done";
@@ -103,7 +106,10 @@ async fn output_whose_json_does_not_fit_is_an_object_as_well() {
             ),
             // Six bytes for one.
             ("control characters", "head -c 400000 /dev/zero | tr '\\0' '\\1'"),
-            ("quotation marks on both", "head -c 500000 /dev/zero | tr '\\0' '\"' | tee /dev/stderr"),
+            (
+                "quotation marks on both",
+                "head -c 500000 /dev/zero | tr '\\0' '\"' | tee /dev/stderr",
+            ),
         ] {
             let ended = world.execute(json!({"parameter": ["sh", "-c", script]})).await;
             for stream in ["stdout", "stderr"] {

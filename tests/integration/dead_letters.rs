@@ -104,7 +104,10 @@ async fn what_is_no_request_is_kept_as_it_came() {
             assert_eq!(said("Original-Nats-Msg-Id"), Some(message_id));
             assert_eq!(said("Original-Job-Id").as_deref(), Some("not-the-jobs"));
             assert_eq!(said("Original-Dead-Letter-Reason").as_deref(), Some("none of ours"));
-            assert_eq!((said("X-Trace"), said("x-lower")), (Some("abc, def".into()), Some("".into())));
+            assert_eq!(
+                (said("X-Trace"), said("x-lower")),
+                (Some("abc, def".into()), Some("".into()))
+            );
             let many: Vec<_> = letter.headers.as_ref().unwrap().get_all("X-Many").collect();
             assert_eq!(many.iter().map(|value| value.as_str()).collect::<Vec<_>>(), ["one", "two"]);
             assert!(said("Dead-Letter-Headers-Dropped").is_none());
@@ -147,7 +150,10 @@ async fn a_request_as_large_as_a_message_can_be_is_kept_as_far_as_it_fits() {
             } else {
                 assert_eq!(letter.payload, body, "{spare} to spare");
             }
-            assert_eq!(header(&letter, "Dead-Letter-Reason").as_deref(), Some("request.invalid_json"));
+            assert_eq!(
+                header(&letter, "Dead-Letter-Reason").as_deref(),
+                Some("request.invalid_json")
+            );
             agree(&world, &letter).await;
         }
         // Headers take room, too.
@@ -168,15 +174,28 @@ async fn a_request_as_large_as_a_message_can_be_is_kept_as_far_as_it_fits() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn what_cannot_be_run_is_kept_with_the_reason() {
-    let settings = [("MAX_DELIVER", "2"), ("IMAGE_ALLOWLIST", "docker.io/worker-spawner-test/*,127.0.0.1:*/*")];
+    let settings = [
+        ("MAX_DELIVER", "2"),
+        ("IMAGE_ALLOWLIST", "docker.io/worker-spawner-test/*,127.0.0.1:*/*"),
+    ];
     for world in worlds(&settings).await {
         let (letters, mut seen) = (letters(&world).await, 0);
         let nobody = format!("127.0.0.1:{}/any:1", free_port());
         for (request, status, reason, attempts) in [
             (json!({"image_reference": nobody}), "error", "image.pull_failed", "2"),
-            (json!({"image_reference": "quay.io/not/allowed"}), "rejected", "image.not_allowed", "1"),
+            (
+                json!({"image_reference": "quay.io/not/allowed"}),
+                "rejected",
+                "image.not_allowed",
+                "1",
+            ),
             (json!({"parameter": "no-such-command"}), "rejected", "command.not_found", "1"),
-            (json!({"parameter": "true", "network": "host"}), "rejected", "request.invalid_field", "1"),
+            (
+                json!({"parameter": "true", "network": "host"}),
+                "rejected",
+                "request.invalid_field",
+                "1",
+            ),
         ] {
             let (id, request) = world.complete(request);
             let body: Bytes = request.to_string().into();
@@ -230,9 +249,11 @@ async fn who_is_told_to_come_again_is_no_dead_letter() {
             world.results.wait_for(&ids[1]).await;
             world.daemon.signal(Signal::TERM);
             world.daemon.exit().await;
-            for (id, code) in
-                [(&ids[0], "worker.shutting_down"), (&ids[1], "buffer.full"), (&held.id, "job.stopped")]
-            {
+            for (id, code) in [
+                (&ids[0], "worker.shutting_down"),
+                (&ids[1], "buffer.full"),
+                (&held.id, "job.stopped"),
+            ] {
                 let result = world.results.wait_for(id).await;
                 assert_eq!(header(&result, "Job-Error").as_deref(), Some(code));
             }
@@ -258,7 +279,8 @@ async fn a_request_that_was_moved_is_kept_as_it_was_sent() {
         let (letters, mut seen) = (letters(&world).await, 0);
         let mut headers = HeaderMap::new();
         headers.insert("X-Mine", "yes");
-        let (id, request) = world.complete(json!({"parameter": "no-such-command", "priority": "low"}));
+        let (id, request) =
+            world.complete(json!({"parameter": "no-such-command", "priority": "low"}));
         let body: Bytes = request.to_string().into();
         send(&world, "functions.execute.high", body.clone(), headers).await;
         let letter = next(&letters, &mut seen).await;

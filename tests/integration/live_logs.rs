@@ -115,12 +115,15 @@ async fn output_is_there_while_the_function_runs() {
     for world in worlds(&[]).await {
         let id = world.id();
         let (logs, events) = (follow(&world, &id).await, world.events(&id).await);
-        let script = "echo begun; echo oh no >&2; while [ ! -e /tmp/go ]; do sleep 0.1; done; echo done";
+        let script =
+            "echo begun; echo oh no >&2; while [ ! -e /tmp/go ]; do sleep 0.1; done; echo done";
         world.submit(json!({"id": id, "parameter": shell(script), "live_logs": true})).await;
         eventually("what was printed so far is there", || async {
             let streams = put_together(&id, &logs.all());
             let is = |name: &str, text: &str| {
-                streams.get(name).is_some_and(|stream| stream.bytes == text.as_bytes() && !stream.ended)
+                streams
+                    .get(name)
+                    .is_some_and(|stream| stream.bytes == text.as_bytes() && !stream.ended)
             };
             is("stdout", "begun\n") && is("stderr", "oh no\n")
         })
@@ -160,7 +163,8 @@ async fn nothing_is_published_unless_it_is_asked_for() {
                     round_trip(&world.client).await;
                 }
                 let new = logs.all().len() - before;
-                let expected = if wanted { 6 } else { 0 } + if setting == "true" && !wanted { 3 } else { 0 };
+                let expected =
+                    if wanted { 6 } else { 0 } + if setting == "true" && !wanted { 3 } else { 0 };
                 if setting == "true" && !wanted {
                     logs.wait_for_count(before + expected, PATIENCE).await;
                 } else {
@@ -202,7 +206,9 @@ async fn text_is_not_cut_within_a_character() {
         let (_, stdout, _) = run_live(&world, json!({"parameter": shell(script)})).await;
         assert_eq!(stdout.bytes, b"x\xe2\x82\xacy\xe2\x82");
         assert_eq!(stdout.chunks.last().unwrap().as_slice(), b"\xe2\x82", "no text: {stdout:?}");
-        assert!(stdout.chunks[..stdout.chunks.len() - 1].iter().all(|c| std::str::from_utf8(c).is_ok()));
+        assert!(
+            stdout.chunks[..stdout.chunks.len() - 1].iter().all(|c| std::str::from_utf8(c).is_ok())
+        );
         world.clean().await;
     }
 }
@@ -234,7 +240,8 @@ async fn both_streams_are_told_about_in_turn() {
     for world in worlds(&[]).await {
         let id = world.id();
         let (logs, events) = (follow(&world, &id).await, world.events(&id).await);
-        let script = "for i in 1 2 3 4 5; do echo out $i; sleep 0.3; echo err $i >&2; sleep 0.3; done";
+        let script =
+            "for i in 1 2 3 4 5; do echo out $i; sleep 0.3; echo err $i >&2; sleep 0.3; done";
         world.submit(json!({"id": id, "parameter": shell(script), "live_logs": true})).await;
         events.wait_for("ended").await;
         ends(&id, &logs).await;
@@ -267,7 +274,8 @@ async fn a_slow_server_costs_output_and_not_time() {
     for world in worlds(&[("LIVE_LOGS_BUFFER", "256KiB"), ("ACK_WAIT", "60s")]).await {
         let id = world.id();
         let (logs, events) = (follow(&world, &id).await, world.events(&id).await);
-        let script = format!("while [ ! -e /tmp/go ]; do sleep 0.1; done; yes 'grüße' | head -c {TOTAL}");
+        let script =
+            format!("while [ ! -e /tmp/go ]; do sleep 0.1; done; yes 'grüße' | head -c {TOTAL}");
         world.submit(json!({"id": id, "parameter": shell(&script), "live_logs": true})).await;
         let container = world.engine.running(&id).await;
         world.nats.pause();

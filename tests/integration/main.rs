@@ -8,14 +8,14 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod support;
-
 mod big_objects;
 mod cancel;
+mod chaos;
 mod commands;
 mod confinement;
 mod connections;
 mod dead_letters;
+mod durability;
 mod faults;
 mod images;
 mod jetstream;
@@ -30,3 +30,4 @@ mod requests;
 mod retries;
 mod servers;
 mod settings;
+mod support;
