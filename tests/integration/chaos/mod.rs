@@ -29,7 +29,7 @@ use self::chronicle::Chronicle;
 use self::ledger::{CLEAN_END, History, Violation};
 use self::load::{Jobs, Load};
 use self::observe::Observer;
-use self::plan::Plan;
+use self::plan::{Fault, Plan};
 use self::random::Random;
 use self::rig::{MAX_DELIVER, Rig};
 use crate::support::nats::NatsVersion;
@@ -40,6 +40,8 @@ use crate::support::streams::{ADVISORIES, QUEUE, RESULTS, Streams};
 const STUCK: Duration = Duration::from_secs(120);
 /// How long what is left over may take to go.
 const CLEAN_UP: Duration = Duration::from_secs(90);
+/// How long a shim may outlive its container.
+const SHIM: Duration = Duration::from_secs(10);
 /// Between two looks in the quiet period.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -113,7 +115,7 @@ async fn run(rig: &mut Rig, plan: &Plan, chronicle: &Chronicle) -> History {
         leftovers: stuck,
         ..History::default()
     };
-    end(rig, &mut history).await;
+    end(rig, &mut history, chronicle).await;
     history.stored = patiently("the results", || observe::outcomes(&rig.streams)).await;
     history.dead_letters = patiently("dead letters", || observe::dead_letters(&rig.streams)).await;
     history.records = patiently("records", || observe::records(&rig.streams, &history.jobs)).await;
@@ -145,7 +147,7 @@ async fn quiet(streams: &Streams) -> Vec<String> {
 }
 
 /// Ends the daemons, and looks at what is left.
-async fn end(rig: &mut Rig, history: &mut History) {
+async fn end(rig: &mut Rig, history: &mut History, chronicle: &Chronicle) {
     let with_daemons = settled(|| async {
         let left = observe::left_in(&rig.observed).await;
         // What an instance keeps for itself is no job's.
@@ -168,13 +170,28 @@ async fn end(rig: &mut Rig, history: &mut History) {
     })
     .await;
     history.leftovers.extend(after);
+    let shims = settled_within(SHIM, || async { Ok(rig.shims()) }).await;
+    // An engine that is killed while it makes a container forgets what it had begun: the shim stays,
+    // with nothing in it, of a container that neither the engine nor anybody else knows.
+    if chronicle.faults().contains_key(&Fault::EngineKilled.to_string()) {
+        history.forgotten = shims;
+    } else {
+        history.leftovers.extend(shims);
+    }
 }
 
 /// What is left when nothing more goes.
 async fn settled<F: Future<Output = Result<Vec<String>, String>>>(
     look: impl Fn() -> F,
 ) -> Vec<String> {
-    let deadline = Instant::now() + CLEAN_UP;
+    settled_within(CLEAN_UP, look).await
+}
+
+async fn settled_within<F: Future<Output = Result<Vec<String>, String>>>(
+    patience: Duration,
+    look: impl Fn() -> F,
+) -> Vec<String> {
+    let deadline = Instant::now() + patience;
     loop {
         let left = look().await;
         match left {
