@@ -32,7 +32,7 @@ use self::observe::Observer;
 use self::plan::{Fault, Plan};
 use self::random::Random;
 use self::rig::{MAX_DELIVER, Rig};
-use crate::support::nats::NatsVersion;
+use crate::support::fleet::server_version;
 use crate::support::process::Signal;
 use crate::support::streams::{ADVISORIES, QUEUE, RESULTS, Streams};
 
@@ -50,10 +50,6 @@ async fn whatever_fails_every_accepted_job_ends_once_or_is_buried_with_a_reason(
     let seconds = number("WORKER_SPAWNER_CHAOS_SECONDS").unwrap_or(100);
     let seed = number("WORKER_SPAWNER_CHAOS_SEED")
         .unwrap_or_else(|| u64::from(uuid::Uuid::now_v7().as_u64_pair().1 as u32));
-    let version = match std::env::var("WORKER_SPAWNER_CHAOS_NATS") {
-        Ok(name) if name == "current" => NatsVersion::Current,
-        _ => NatsVersion::Installed,
-    };
     let plan = Plan::new(seed, Duration::from_secs(seconds));
     println!(
         "{plan}\nagain: WORKER_SPAWNER_CHAOS_SEED={seed} WORKER_SPAWNER_CHAOS_SECONDS={seconds}"
@@ -61,7 +57,7 @@ async fn whatever_fails_every_accepted_job_ends_once_or_is_buried_with_a_reason(
     // Each second leaves about half a dozen results, some of them large.
     let room = (96 << 20) + usize::try_from(seconds).unwrap() * (192 << 10);
     let chronicle = Chronicle::begin();
-    let mut rig = Rig::start(&chronicle, version, room).await;
+    let mut rig = Rig::start(&chronicle, server_version(), room).await;
     let history = run(&mut rig, &plan, &chronicle).await;
     let servers = rig.logs();
     // What the daemons print themselves when a test fails is here in better order.
