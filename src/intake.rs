@@ -12,7 +12,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::admission::{Slot, Slots};
 use crate::health::{Health, down, up};
-use crate::job::{JobError, JobId, code};
+use crate::job::{JobError, JobId, Status, code};
 use crate::nats::Connection;
 use crate::protocol::Subjects;
 use crate::protocol::cancel::{self, Answer};
@@ -229,6 +229,12 @@ impl Intake {
             Some(records) => {
                 let recorded = records.request_cancel(&id);
                 match tokio::time::timeout(CANCEL_PATIENCE, recorded).await {
+                    // What was stopped here may have ended by now, and is told as what it was.
+                    Ok(Answer::AlreadyEnded(status))
+                        if runs_here && status == Status::Cancelled.as_str() =>
+                    {
+                        cancel::answer(&id, &Answer::Stopping)
+                    }
                     Ok(answer) => cancel::answer(&id, &answer),
                     Err(_) => cancel::refusal(&JobError::new(
                         code::JETSTREAM_UNAVAILABLE,
