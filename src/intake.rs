@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_nats::{Subject, Subscriber};
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::admission::{Slot, Slots};
 use crate::health::{Health, down, up};
-use crate::job::{JobError, JobId, Status, code};
+use crate::job::{JobError, JobId, code};
 use crate::nats::Connection;
 use crate::protocol::Subjects;
 use crate::protocol::cancel::{self, Answer};
@@ -219,6 +219,7 @@ impl Intake {
     /// Sees to it that a job is cancelled wherever it is, and stays so should its worker die now: only
     /// then it is answered.
     async fn record_cancellation(&self, id: JobId, runs_here: bool, reply: Option<Subject>) {
+        let asked_at = SystemTime::now();
         if !runs_here {
             // What waits in this instance's memory is known to nobody else.
             self.runner.cancels().forbid(&id);
@@ -227,14 +228,8 @@ impl Intake {
         let answer = match &self.records {
             None => cancel::answer(&id, &Answer::WillNotStart),
             Some(records) => {
-                let recorded = records.request_cancel(&id);
+                let recorded = records.request_cancel(&id, asked_at);
                 match tokio::time::timeout(CANCEL_PATIENCE, recorded).await {
-                    // What was stopped here may have ended by now, and is told as what it was.
-                    Ok(Answer::AlreadyEnded(status))
-                        if runs_here && status == Status::Cancelled.as_str() =>
-                    {
-                        cancel::answer(&id, &Answer::Stopping)
-                    }
                     Ok(answer) => cancel::answer(&id, &answer),
                     Err(_) => cancel::refusal(&JobError::new(
                         code::JETSTREAM_UNAVAILABLE,
