@@ -247,7 +247,10 @@ impl Runner {
         let unstarted = if orders.cancelled.is_cancelled() {
             Some(verdict::cancelled())
         } else {
-            expires_at.filter(|at| *at <= SystemTime::now()).map(verdict::expired)
+            // What was begun in time is brought to its end.
+            expires_at
+                .filter(|at| context.attempt == 1 && *at <= SystemTime::now())
+                .map(verdict::expired)
         };
         if let Some(error) = unstarted {
             let mut outcome = self.outcome(
@@ -310,7 +313,7 @@ impl Runner {
                 // It comes again when this worker has been silent for long enough.
                 return;
             }
-            if cleaned {
+            if cleaned && !orders.cancelled.is_cancelled() {
                 let counts = !delay.is_zero();
                 match self.give_back(settle, &mut ticket, delay, counts).await {
                     Ok(()) => return,
@@ -322,7 +325,8 @@ impl Runner {
 
         let mut outcome = self.outcome(id.clone(), Some(image), &limits, &context, attempt);
         outcome.live_logs_dropped = live_logs_dropped;
-        if ticket.cancel_requested() && matches!(next, Next::Again(_)) {
+        let cancelled = orders.cancelled.is_cancelled() || ticket.cancel_requested();
+        if cancelled && matches!(next, Next::Again(_)) {
             outcome.status = Status::Cancelled;
             outcome.error = Some(verdict::cancelled());
         }
