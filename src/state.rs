@@ -228,6 +228,7 @@ impl Records {
         Record {
             image: opening.image.clone(),
             attempt: before.map_or(0, |before| before.attempt) + 1,
+            handed_over: before.map_or(0, |before| before.handed_over),
             worker: Some(self.inner.worker.clone()),
             queued_at: Some(queued_at),
             running_at: Some(now),

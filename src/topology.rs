@@ -300,6 +300,9 @@ impl Topology {
         if mended.is_some_and(|at| at.elapsed() < MEND_INTERVAL) {
             return Ok(());
         }
+        // A server may still be at it when it says that a stream is gone: what is made in that moment
+        // under the same name goes with the rest.
+        tokio::time::sleep(DELETION).await;
         let result = self.ensure(jetstream).await;
         *mended = Some(Instant::now());
         result
@@ -330,6 +333,9 @@ impl Topology {
 
 /// How often what is missing is made again at most: many may find out at once.
 const MEND_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How long a server may take to delete a stream.
+const DELETION: Duration = Duration::from_millis(500);
 
 /// Whether the account has JetStream.
 async fn account(jetstream: &Context) -> Result<(), SetupError> {

@@ -359,7 +359,7 @@ impl Source for JetStreamSource {
             self.bound = None;
             self.failures += 1;
             // Once an episode, and again while it lasts.
-            if self.failures == 1 || self.failures.is_multiple_of(20) {
+            if self.failures == 1 || self.failures.is_multiple_of(10) {
                 tracing::warn!(%error, "cannot take requests from JetStream; trying on");
             }
             tokio::time::sleep(TROUBLE.delay(self.failures)).await;
