@@ -44,15 +44,25 @@ impl Objects {
         };
         let (big_out, big_err) = (too_big(out, err), too_big(err, out));
         if big_out {
-            outcome.objects.stdout = self.put(outcome, "stdout", &outcome.output.stdout).await;
+            outcome.objects.stdout = self
+                .put(outcome, "stdout", &outcome.output.stdout, outcome.output.stdout_dropped > 0)
+                .await;
         }
         if big_err {
-            outcome.objects.stderr = self.put(outcome, "stderr", &outcome.output.stderr).await;
+            outcome.objects.stderr = self
+                .put(outcome, "stderr", &outcome.output.stderr, outcome.output.stderr_dropped > 0)
+                .await;
         }
         outcome.output.cut(inline);
     }
 
-    async fn put(&self, outcome: &Outcome, stream: &str, bytes: &[u8]) -> Option<ObjectRef> {
+    async fn put(
+        &self,
+        outcome: &Outcome,
+        stream: &str,
+        bytes: &[u8],
+        truncated: bool,
+    ) -> Option<ObjectRef> {
         let id = &outcome.id;
         // An attempt that lost its job must not replace what belongs to the one that counts.
         let name = format!("{id}/{}/{stream}", outcome.attempt);
@@ -65,6 +75,7 @@ impl Objects {
                     name,
                     size: info.size as u64,
                     digest: info.digest.unwrap_or_default(),
+                    truncated,
                 });
             }
             Ok(Err(error)) => error.to_string(),

@@ -95,8 +95,7 @@ async fn a_user_without_rights_to_streams_is_served_without_or_told() {
         assert!(layout(&world.client).await.is_empty());
 
         let told = refusal(&world.settings.clone().set("DELIVERY", "jetstream")).await;
-        let last =
-            told.lines().filter(|line| line.contains("ERROR")).next_back().unwrap_or_default();
+        let last = told.lines().rfind(|line| line.contains("ERROR")).unwrap_or_default();
         assert!(
             last.to_lowercase().contains("permission") || last.contains("may not"),
             "the last word names the reason: {told}"

@@ -61,12 +61,13 @@ async fn whatever_fails_every_accepted_job_ends_once_or_is_buried_with_a_reason(
     let chronicle = Chronicle::begin();
     let mut rig = Rig::start(&chronicle, version, room).await;
     let history = run(&mut rig, &plan, &chronicle).await;
+    let servers = rig.logs();
     // What the daemons print themselves when a test fails is here in better order.
     drop(rig);
     let violations = history.violations();
     println!("{}", summary(&plan, &history, &chronicle));
     if !violations.is_empty() {
-        println!("{}", account(&plan, &violations, &chronicle));
+        println!("{}", account(&plan, &violations, &chronicle, &servers));
     }
     assert!(violations.is_empty(), "{} violations, see above; seed {seed}", violations.len());
 }
@@ -214,11 +215,19 @@ fn summary(plan: &Plan, history: &History, chronicle: &Chronicle) -> String {
 }
 
 /// All that is known of what went wrong. The whole story goes to files.
-fn account(plan: &Plan, violations: &[Violation], chronicle: &Chronicle) -> String {
+fn account(
+    plan: &Plan,
+    violations: &[Violation],
+    chronicle: &Chronicle,
+    servers: &[(&str, String)],
+) -> String {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("chaos-{}", plan.seed));
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::write(dir.join("chronicle"), format!("{plan}\n{}", chronicle.text())).unwrap();
     for (whose, log) in chronicle.logs() {
+        std::fs::write(dir.join(whose), log).unwrap();
+    }
+    for (whose, log) in servers {
         std::fs::write(dir.join(whose), log).unwrap();
     }
     let mut text = format!("{} violations; logs are in {}\n", violations.len(), dir.display());

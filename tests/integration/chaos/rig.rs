@@ -34,7 +34,7 @@ const END: Duration = Duration::from_secs(60);
 pub(crate) struct Rig {
     pub(crate) daemons: Vec<Kept>,
     links: Vec<Proxy>,
-    pub(crate) nats: NatsServer,
+    nats: NatsServer,
     pub(crate) streams: Streams,
     engine: PrivateEngine,
     /// The way to the engine, which works whenever it runs.
@@ -112,6 +112,11 @@ impl Rig {
             drive_engine(engine, plan.of(Target::Engine), chronicle, &done),
             all_done,
         );
+    }
+
+    /// What the engine and the NATS server have printed.
+    pub(crate) fn logs(&self) -> [(&'static str, String); 2] {
+        [("engine", self.engine.log()), ("nats", self.nats.log())]
     }
 
     /// What runs on behalf of containers, in them or beside them.

@@ -393,7 +393,12 @@ impl PrivateEngine {
         Engine { docker: docker.negotiate_version().await.unwrap(), host: Some(self.host()) }
     }
 
-    /// What runs in or beside a container of this engine's, by name and number.
+    /// What the engine has printed so far.
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.path("dockerd.log")).unwrap_or_default()
+    }
+
+    /// What runs in or beside a container of this engine's, by number and command.
     pub(crate) fn processes(&self) -> Vec<String> {
         let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
         let own = namespace(&self.init.to_string());
@@ -406,7 +411,8 @@ impl PrivateEngine {
                 let (name, cgroup) = (read("comm").ok()?, read("cgroup").ok()?);
                 let beside = name.starts_with("containerd-shim") && namespace(&pid) == own;
                 let within = cgroup.contains(&self.cgroup);
-                (beside || within).then(|| format!("process {pid}: {}", name.trim()))
+                let command = read("cmdline").ok()?.replace('\0', " ");
+                (beside || within).then(|| format!("process {pid}: {}", command.trim()))
             })
             .collect()
     }
@@ -419,7 +425,7 @@ impl PrivateEngine {
 impl Drop for PrivateEngine {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let log = std::fs::read_to_string(self.path("dockerd.log")).unwrap_or_default();
+            let log = self.log();
             let tail: Vec<&str> = log.lines().rev().take(60).collect();
             eprintln!("--- end of the private engine's log");
             for line in tail.iter().rev() {

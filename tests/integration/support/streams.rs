@@ -137,6 +137,17 @@ impl Streams {
         self.api(&format!("CONSUMER.INFO.{stream}.{name}"), Value::Null).await
     }
 
+    /// How many requests the consumers of the queue have yet to deliver or to hear of.
+    pub(crate) async fn backlog(&self) -> Result<u64, Trouble> {
+        let mut backlog = 0;
+        for name in CONSUMERS {
+            let info = self.consumer(QUEUE, name).await?;
+            let counts = [&info["num_pending"], &info["num_ack_pending"]];
+            backlog += counts.iter().filter_map(|count| count.as_u64()).sum::<u64>();
+        }
+        Ok(backlog)
+    }
+
     pub(crate) async fn delete_consumer(&self, stream: &str, name: &str) -> Result<(), Trouble> {
         self.api(&format!("CONSUMER.DELETE.{stream}.{name}"), Value::Null).await.map(|_| ())
     }
