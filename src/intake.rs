@@ -12,7 +12,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::admission::{Slot, Slots};
 use crate::health::{Health, down, up};
-use crate::job::{JobError, JobId, code};
+use crate::job::{JobError, JobId, Status, code};
 use crate::nats::Connection;
 use crate::protocol::Subjects;
 use crate::protocol::cancel::{self, Answer};
@@ -194,10 +194,10 @@ impl Intake {
             let recorded = self.runner.cancels().cancel(&id);
             if recorded.is_some() {
                 tracing::info!(job = %id, "cancelling the job");
-                let answer = cancel::answer(&id, &Answer::Stopping);
-                self.answer_cancellation(message.reply.clone(), answer).await;
             }
             if recorded == Some(false) {
+                let answer = cancel::answer(&id, &Answer::Stopping);
+                self.answer_cancellation(message.reply, answer).await;
                 continue;
             }
             let Ok(place) = elsewhere.clone().try_acquire_owned() else {
@@ -210,15 +210,15 @@ impl Intake {
             };
             let intake = self.clone();
             others.spawn(async move {
-                intake.cancel_elsewhere(id, message.reply.filter(|_| recorded.is_none())).await;
+                intake.record_cancellation(id, recorded.is_some(), message.reply).await;
                 drop(place);
             });
         }
     }
 
-    /// Sees to it that a job is cancelled that does not run here, or should this worker die now.
-    async fn cancel_elsewhere(&self, id: JobId, reply: Option<Subject>) {
-        let runs_here = reply.is_none();
+    /// Sees to it that a job is cancelled wherever it is, and stays so should its worker die now: only
+    /// then it is answered.
+    async fn record_cancellation(&self, id: JobId, runs_here: bool, reply: Option<Subject>) {
         if !runs_here {
             // What waits in this instance's memory is known to nobody else.
             self.runner.cancels().forbid(&id);
@@ -229,6 +229,12 @@ impl Intake {
             Some(records) => {
                 let recorded = records.request_cancel(&id);
                 match tokio::time::timeout(CANCEL_PATIENCE, recorded).await {
+                    // What was stopped here may have ended by now, and is told as what it was.
+                    Ok(Answer::AlreadyEnded(status))
+                        if runs_here && status == Status::Cancelled.as_str() =>
+                    {
+                        cancel::answer(&id, &Answer::Stopping)
+                    }
                     Ok(answer) => cancel::answer(&id, &answer),
                     Err(_) => cancel::refusal(&JobError::new(
                         code::JETSTREAM_UNAVAILABLE,
