@@ -32,6 +32,8 @@ const OWNER_FIRST: Duration = Duration::from_millis(250);
 const IN_LINE: Duration = Duration::from_secs(1);
 /// How long recording a cancellation may hold up its answer.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a request may wait in memory without anybody having lost patience.
+const A_DAY: Duration = Duration::from_secs(24 * 3600);
 /// Cancellations that are looked into at once.
 const CANCELLATIONS: usize = 64;
 
@@ -222,7 +224,11 @@ impl Intake {
         let asked_at = SystemTime::now();
         if !runs_here {
             // What waits in this instance's memory is known to nobody else.
-            self.runner.cancels().forbid(&id);
+            let patience = match self.records {
+                Some(_) => self.run_slot_timeout + CANCEL_PATIENCE,
+                None => A_DAY,
+            };
+            self.runner.cancels().forbid(&id, patience);
             tokio::time::sleep(OWNER_FIRST).await;
         }
         let answer = match &self.records {

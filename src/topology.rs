@@ -6,6 +6,7 @@
 
 use std::fmt::{self, Display};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy, pull};
@@ -85,6 +86,8 @@ pub struct Topology {
     consumers: Vec<(String, pull::Config)>,
     /// When what is missing was last made again.
     mended: Arc<tokio::sync::Mutex<Option<Instant>>>,
+    /// Counts the reasons to look the consumers up again.
+    generation: Arc<AtomicU64>,
 }
 
 /// A field of a stream that must be as wanted, and the setting that says how.
@@ -118,6 +121,8 @@ const EVERY_STREAM: &[Field] = &[
     field("max_msg_size", "", "--max-msg-size"),
     field("no_ack", "", ""),
     field("sealed", "", ""),
+    // With it, whoever publishes can have a stream forget all that is in it.
+    field("allow_rollup_hdrs", "", ""),
 ];
 /// What would be forgotten after so many.
 const MAX_MSGS: Field = field("max_msgs", "", "--max-msgs");
@@ -131,6 +136,7 @@ const QUEUE_FIELDS: &[Field] = &[
     WINDOW,
     field("max_msgs", "QUEUE_MAX_MESSAGES", "--max-msgs"),
     field("max_bytes", "QUEUE_MAX_BYTES", "--max-bytes"),
+    field("deny_delete", "", ""),
     // A stream forgets what is too old without a word; the daemon ends it with an outcome.
     field("max_age", "", "--max-age"),
 ];
@@ -300,7 +306,18 @@ impl Topology {
             .collect();
         consumers
             .push((names.advisories.clone(), consumer(names.advisory_consumer(), String::new())));
-        Self { names, streams, consumers, mended: Arc::default() }
+        Self { names, streams, consumers, mended: Arc::default(), generation: Arc::default() }
+    }
+
+    /// Which generation the consumers are of: they are to be looked up again after a change.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Relaxed)
+    }
+
+    /// Has the consumers looked up again: they may not be those they were.
+    pub fn doubt(&self) {
+        self.generation.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Makes again what has gone missing, unless that was done a moment ago.
@@ -334,8 +351,9 @@ impl Topology {
         }
         if faults.is_empty() {
             for (stream, config) in &self.consumers {
-                if let Some(found) = ensure_consumer(jetstream, stream, config).await? {
-                    faults.extend(consumer_differences(stream, &found, config));
+                match ensure_consumer(jetstream, stream, config).await? {
+                    Some(found) => faults.extend(consumer_differences(stream, &found, config)),
+                    None => self.doubt(),
                 }
             }
         }

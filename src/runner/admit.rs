@@ -121,7 +121,8 @@ impl Runner {
         if context.route.replies.is_empty() {
             return settle.done().await;
         }
-        let Ok(_place) = self.followers.try_acquire() else {
+        let weight = u32::try_from(2 + (context.message.size >> 9)).unwrap_or(u32::MAX);
+        let Ok(_place) = self.followers.try_acquire_many(weight) else {
             tracing::warn!(job = %id, "too many requests wait for outcomes of others; this one goes without an answer");
             return settle.done().await;
         };

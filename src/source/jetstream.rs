@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use async_nats::jetstream::consumer::{Consumer, pull};
-use async_nats::jetstream::message::StreamMessage;
-use async_nats::jetstream::{self, AckKind, Context};
+use async_nats::jetstream::{self, AckKind, Context, ErrorCode};
 use async_nats::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode, Subject, Subscriber};
 use async_trait::async_trait;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use futures::future::FutureExt;
 use futures::{StreamExt, future};
@@ -25,6 +26,7 @@ use crate::job::{JobId, Priority};
 use crate::nats::Connection;
 use crate::protocol::Subjects;
 use crate::protocol::headers::NATS_MSG_ID;
+use crate::protocol::time::parse_rfc3339;
 use crate::retry::Backoff;
 use crate::topology::{API_TIMEOUT, SetupError, Topology};
 
@@ -40,7 +42,7 @@ const MOVED_ID: &str = "Worker-Spawner-Id";
 const MOVED_AT: &str = "Worker-Spawner-Queued-At-Ms";
 const MOVED_FROM: &str = "Worker-Spawner-Subject";
 const MOVED_MSG_ID: &str = "Worker-Spawner-Msg-Id";
-/// What three more headers and their framing take in a message, beside their values.
+/// What the further headers and their framing take in a message, beside their values.
 const MOVED_OVERHEAD: usize = 512;
 
 /// Deliveries that the server allows beyond the attempts a job has: some are no attempt, such as one
@@ -61,6 +63,8 @@ pub struct Options {
 /// How long a request that came when there was no slot for it waits here before it is left to others,
 /// where it has been delivered too often to be left to them at once.
 const HOLD: Duration = Duration::from_secs(3);
+/// How long what is on the wire may take to come at the end.
+const LAST_ANSWERS: Duration = Duration::from_millis(200);
 /// How many deliveries are not too often.
 const FEW_DELIVERIES: u32 = SPARE_DELIVERIES / 2;
 
@@ -77,9 +81,9 @@ pub struct JetStreamSource {
     levels: Vec<Level>,
     /// Where the answers to all pulls arrive, and the subject's beginning.
     answers: Option<(Subscriber, String)>,
-    /// On which connection the consumers were looked up: what waited at the server is gone with it.
-    /// Nothing before that, and after trouble.
-    bound: Option<u64>,
+    /// On which connection the consumers were looked up, and of which generation they are: what waited
+    /// at the server is gone with the connection. Nothing before that, and after trouble.
+    bound: Option<(u64, u64)>,
     pulls: u64,
     picks: u32,
     /// Fetched and not yet taken, in the order they came.
@@ -164,7 +168,8 @@ impl JetStreamSource {
     async fn bind(&mut self) -> Result<u64, SetupError> {
         self.connection.connected().await;
         let epoch = self.connection.epoch();
-        if self.bound == Some(epoch) {
+        let generation = self.topology.generation();
+        if self.bound == Some((epoch, generation)) {
             return Ok(epoch);
         }
         for level in &mut self.levels {
@@ -180,7 +185,8 @@ impl JetStreamSource {
             self.topology.mend(&self.jetstream).await?;
             self.lookup().await.map_err(|e| unavailable(&e))?;
         }
-        Ok(*self.bound.insert(epoch))
+        self.bound = Some((epoch, generation));
+        Ok(epoch)
     }
 
     async fn lookup(&mut self) -> Result<(), async_nats::Error> {
@@ -361,6 +367,11 @@ impl JetStreamSource {
         }
     }
 
+    /// The next answer to any pull, as long as there are any.
+    async fn last_answer(&mut self) -> Option<async_nats::Message> {
+        self.answers.as_mut()?.0.next().await
+    }
+
     /// Gives back what is to be left to others.
     fn give_back(
         &mut self,
@@ -428,12 +439,14 @@ impl Source for JetStreamSource {
     }
 
     async fn close(&mut self) -> Vec<Message> {
-        let _ = self.collect();
-        future::join_all(self.give_back(|_| true)).await;
         if let Some((answers, _)) = &mut self.answers {
-            // No interest, no deliveries.
-            let _ = answers.unsubscribe().await;
+            // No interest, no deliveries; what is on the wire is taken in first.
+            let _ = answers.drain().await;
+            while let Ok(Some(answer)) = timeout(LAST_ANSWERS, self.last_answer()).await {
+                let _ = self.take(answer);
+            }
         }
+        future::join_all(self.give_back(|_| true)).await;
         Vec::new()
     }
 }
@@ -454,19 +467,83 @@ pub struct Stored {
     pub deliveries: u32,
 }
 
+/// Which stored request to read.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Place<'a> {
+    /// Its place, or where to begin to look.
+    pub seq: u64,
+    /// The first one from there on with this subject.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_by_subj: Option<&'a str>,
+}
+
 impl Stored {
-    /// A message that was read from the stream instead of being delivered.
-    #[must_use]
-    pub fn of(message: StreamMessage) -> Self {
-        Self {
-            subject: message.subject.to_string(),
-            headers: message.headers,
-            payload: message.payload,
-            sequence: message.sequence,
-            stored_at: message.time.into(),
+    /// Reads a request from the stream instead of having it delivered. Nothing where there is none.
+    ///
+    /// By `$JS.API.STREAM.MSG.GET` of the JetStream wire API, whose answer holds the headers as data:
+    /// whoever publishes may send headers that no client library reads.
+    ///
+    /// # Errors
+    /// The stream cannot be asked.
+    pub async fn read(
+        jetstream: &Context,
+        stream: &str,
+        place: Place<'_>,
+    ) -> Result<Option<Self>, async_nats::Error> {
+        #[derive(serde::Deserialize)]
+        struct Answer {
+            message: Option<Raw>,
+            error: Option<ApiError>,
+        }
+        #[derive(serde::Deserialize)]
+        struct Raw {
+            subject: String,
+            seq: u64,
+            #[serde(default)]
+            hdrs: String,
+            #[serde(default)]
+            data: String,
+            time: String,
+        }
+        #[derive(serde::Deserialize)]
+        struct ApiError {
+            err_code: u64,
+            #[serde(default)]
+            description: String,
+        }
+        let subject = format!("STREAM.MSG.GET.{stream}");
+        let answer: Answer = jetstream.request(subject, &place).await?;
+        let raw = match answer {
+            Answer { message: Some(raw), .. } => raw,
+            Answer { error: Some(e), .. } if e.err_code == ErrorCode::NO_MESSAGE_FOUND.0 => {
+                return Ok(None);
+            }
+            Answer { error: Some(e), .. } => return Err(e.description.into()),
+            Answer { .. } => return Err("an answer that is none".into()),
+        };
+        Ok(Some(Self {
+            subject: raw.subject,
+            headers: readable_headers(&BASE64.decode(raw.hdrs)?),
+            payload: BASE64.decode(raw.data)?.into(),
+            sequence: raw.seq,
+            stored_at: parse_rfc3339(&raw.time).ok_or("a time that is none")?,
             deliveries: 0,
+        }))
+    }
+}
+
+/// Those headers of a block that can be read; the others are left out.
+fn readable_headers(block: &[u8]) -> HeaderMap {
+    let text = String::from_utf8_lossy(block);
+    let mut headers = HeaderMap::new();
+    for line in text.split("\r\n").skip(1) {
+        let Some((name, value)) = line.split_once(':') else { continue };
+        let pair = (name.parse::<HeaderName>(), value.trim().parse::<HeaderValue>());
+        if let (Ok(name), Ok(value)) = pair {
+            headers.append(name, value);
         }
     }
+    headers
 }
 
 /// A request from the stream as one of ours. The same from wherever it is read.
