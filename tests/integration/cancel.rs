@@ -413,3 +413,20 @@ async fn a_cancellation_outlives_the_daemon() {
         world.clean().await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_flood_of_cancellations_does_not_hold_up_the_one_that_counts() {
+    for world in worlds(&[]).await {
+        let (id, events) = listener(&world, "'exit 7'").await;
+        for number in 0..3000 {
+            let unknown = format!("{}-{number}", world.id());
+            world.client.publish("functions.cancel", unknown.into()).await.unwrap();
+        }
+        let begun = Instant::now();
+        assert_eq!(result_of(&world, &id).await, "stopping");
+        let took = begun.elapsed();
+        assert!(took < Duration::from_secs(5), "{took:?}");
+        cancelled(&world, &id, &events).await;
+        world.clean().await;
+    }
+}
