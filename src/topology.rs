@@ -112,6 +112,16 @@ const REPLICAS: Field = field("num_replicas", "STREAM_REPLICAS", "--replicas");
 const WINDOW: Field = field("duplicate_window", "DUPLICATE_WINDOW", "--dupe-window");
 const DISCARD: Field = field("discard", "", "--discard");
 
+/// What would undo the promise in any stream.
+const EVERY_STREAM: &[Field] = &[
+    field("max_msgs_per_subject", "", "--max-msgs-per-subject"),
+    field("max_msg_size", "", "--max-msg-size"),
+    field("no_ack", "", ""),
+    field("sealed", "", ""),
+];
+/// What would be forgotten after so many.
+const MAX_MSGS: Field = field("max_msgs", "", "--max-msgs");
+
 const QUEUE_FIELDS: &[Field] = &[
     SUBJECTS,
     RETENTION,
@@ -131,6 +141,7 @@ const RESULTS_FIELDS: &[Field] = &[
     REPLICAS,
     DISCARD,
     WINDOW,
+    MAX_MSGS,
     field("max_age", "RESULTS_MAX_AGE", "--max-age"),
     field("max_bytes", "RESULTS_MAX_BYTES", "--max-bytes"),
 ];
@@ -141,17 +152,18 @@ const DEAD_LETTERS_FIELDS: &[Field] = &[
     REPLICAS,
     WINDOW,
     DISCARD,
+    MAX_MSGS,
     field("max_age", "DEAD_LETTERS_MAX_AGE", "--max-age"),
     field("max_bytes", "DEAD_LETTERS_MAX_BYTES", "--max-bytes"),
 ];
-const ADVISORIES_FIELDS: &[Field] = &[SUBJECTS, RETENTION, STORAGE, REPLICAS];
+const ADVISORIES_FIELDS: &[Field] = &[SUBJECTS, RETENTION, STORAGE, REPLICAS, MAX_MSGS];
 const JOBS_FIELDS: &[Field] = &[
     STORAGE,
     REPLICAS,
     DISCARD,
     field("max_age", "RECORD_TTL", "--max-age"),
     field("max_bytes", "RECORDS_MAX_BYTES", "--max-bytes"),
-    field("max_msgs_per_subject", "", "--max-msgs-per-subject"),
+    MAX_MSGS,
 ];
 const OBJECTS_FIELDS: &[Field] = &[
     STORAGE,
@@ -484,7 +496,7 @@ async fn ensure_consumer(
 fn differences(found: &stream::Config, wanted: &stream::Config, fields: &[Field]) -> Vec<String> {
     let (found_json, wanted_json) = (json(found), json(wanted));
     let mut faults = Vec::new();
-    for Field { name, setting, option } in fields {
+    for Field { name, setting, option } in fields.iter().chain(EVERY_STREAM) {
         let (is, should) = (shown(name, &found_json[*name]), shown(name, &wanted_json[*name]));
         if is == should {
             continue;
@@ -522,6 +534,8 @@ fn consumer_differences(
         ("ack_policy", "", ""),
         ("filter_subject", "SUBJECT_PREFIX", ""),
         ("deliver_subject", "", ""),
+        ("max_ack_pending", "", "--max-pending"),
+        ("headers_only", "", ""),
     ]
     .into_iter()
     .filter_map(|(field, setting, option)| {

@@ -4,7 +4,6 @@
 //! only while it has a free slot, so that the fleet shares the load by free slots; and what it
 //! has fetched it keeps with signs of life until it is settled, however long that takes.
 
-use std::collections::VecDeque;
 use std::fmt::Display;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -29,9 +28,9 @@ use crate::protocol::headers::NATS_MSG_ID;
 use crate::retry::Backoff;
 use crate::topology::{API_TIMEOUT, SetupError, Topology};
 
-/// How long the server keeps a request for work that finds none. Short enough that one which was
-/// lost on the way costs little.
-const PULL_EXPIRES: Duration = Duration::from_secs(10);
+/// How long the server keeps a request for work that finds none. Short, since an instance whose slots
+/// fill up meanwhile has no use for what comes of it.
+const PULL_EXPIRES: Duration = Duration::from_secs(5);
 /// Delays between looks at a JetStream that does not answer.
 const TROUBLE: Backoff =
     Backoff { first: Duration::from_millis(200), most: Duration::from_secs(5) };
@@ -59,8 +58,11 @@ pub struct Options {
     pub max_age: Duration,
 }
 
-/// How long a request that came when there was no slot for it waits here before it is left to others.
+/// How long a request that came when there was no slot for it waits here before it is left to others,
+/// where it has been delivered too often to be left to them at once.
 const HOLD: Duration = Duration::from_secs(3);
+/// How many deliveries are not too often.
+const FEW_DELIVERIES: u32 = SPARE_DELIVERIES / 2;
 
 /// The work queue, as one instance takes from it.
 ///
@@ -81,7 +83,7 @@ pub struct JetStreamSource {
     pulls: u64,
     picks: u32,
     /// Fetched and not yet taken, in the order they came.
-    stash: VecDeque<(tokio::time::Instant, Delivery)>,
+    stash: Vec<Fetched>,
     failures: u32,
 }
 
@@ -99,6 +101,23 @@ struct Pull {
     waits: bool,
     /// When an answer is overdue.
     overdue: tokio::time::Instant,
+}
+
+/// A request that was fetched and not yet taken.
+struct Fetched {
+    at: tokio::time::Instant,
+    /// The level it came from.
+    level: usize,
+    delivery: Delivery,
+}
+
+impl Fetched {
+    /// Whether it is to be left to others by now. What would not be delivered once more stays until
+    /// there is a slot.
+    fn is_in_the_way(&self) -> bool {
+        let few = self.delivery.message.attempt <= FEW_DELIVERIES;
+        self.delivery.settle.can_retry() && (few || self.at.elapsed() >= HOLD)
+    }
 }
 
 /// What a server is asked with a pull: `$JS.API.CONSUMER.MSG.NEXT` of the JetStream wire API (ADR-13).
@@ -135,7 +154,7 @@ impl JetStreamSource {
             pulls: 0,
             // Not zero: a quiet queue is asked in its natural order.
             picks: 1,
-            stash: VecDeque::new(),
+            stash: Vec::new(),
             failures: 0,
         }
     }
@@ -200,7 +219,8 @@ impl JetStreamSource {
             None | Some(StatusCode::OK) => match self.delivery(message) {
                 Ok((at, delivery)) => {
                     self.failures = 0;
-                    self.stash.push_back((tokio::time::Instant::now(), delivery));
+                    let fetched = tokio::time::Instant::now();
+                    self.stash.push(Fetched { at: fetched, level: at, delivery });
                     // It bears the subject it was published to, and so not its pull's number. Should
                     // it be a late answer to an earlier one, there is one pull too many for a while.
                     Some(at)
@@ -291,11 +311,25 @@ impl JetStreamSource {
         }
     }
 
+    /// The request to take next: of those that were fetched, the one whose queue comes first in this
+    /// pick. Nothing where a queue that comes before it may have something.
+    fn best(&self) -> Option<usize> {
+        for at in order(self.picks) {
+            if let Some(place) = self.stash.iter().position(|fetched| fetched.level == at) {
+                return Some(place);
+            }
+            // A queue with a pull that waits is empty: it would have answered.
+            if self.levels[at].pull.is_none_or(|pull| !pull.waits) {
+                return None;
+            }
+        }
+        None
+    }
+
     /// One step towards a delivery: ask, or wait for an answer. Cancel-safe.
     async fn step(&mut self) -> Result<(), SetupError> {
         let epoch = self.bind().await?;
-        // A queue with a pull that waits is empty: it would have answered. Of the others, the first
-        // is asked, and the rest only when it has nothing.
+        // The first queue that may have something is asked, and the others only when it has nothing.
         if !self.levels.iter().any(|level| level.pull.is_some_and(|pull| !pull.waits)) {
             let order = order(self.picks);
             if let Some(at) = order.into_iter().find(|at| self.levels[*at].pull.is_none()) {
@@ -307,7 +341,7 @@ impl JetStreamSource {
             self.bound = None;
             return Ok(());
         };
-        let nothing = answer.status == Some(StatusCode::NOT_FOUND);
+        let nothing = matches!(answer.status, Some(StatusCode::NOT_FOUND | StatusCode::TIMEOUT));
         if let Some(at) = self.take(answer)?
             && nothing
         {
@@ -315,11 +349,7 @@ impl JetStreamSource {
             self.ask(at, true).await?;
         }
         // What came with it waits no longer than it does.
-        self.collect()?;
-        if !self.stash.is_empty() {
-            self.picks = self.picks.wrapping_add(1);
-        }
-        Ok(())
+        self.collect()
     }
 
     /// Takes in what has arrived.
@@ -331,16 +361,15 @@ impl JetStreamSource {
         }
     }
 
-    /// Gives back what came so long ago. What would not be delivered once more stays until there is a
-    /// slot.
-    fn give_back(&mut self, age: Duration) -> Vec<JoinHandle<Result<(), Closed>>> {
-        let (back, kept): (Vec<_>, Vec<_>) = self
-            .stash
-            .drain(..)
-            .partition(|(at, delivery)| at.elapsed() >= age && delivery.settle.can_retry());
-        self.stash = kept.into();
+    /// Gives back what is to be left to others.
+    fn give_back(
+        &mut self,
+        is_others: impl Fn(&Fetched) -> bool,
+    ) -> Vec<JoinHandle<Result<(), Closed>>> {
+        let (back, kept) = self.stash.drain(..).partition::<Vec<_>, _>(is_others);
+        self.stash = kept;
         // Tasks of their own: whoever gives up waiting for this must not keep them from being told.
-        let told = back.into_iter().map(|(_, delivery)| {
+        let told = back.into_iter().map(|Fetched { delivery, .. }| {
             tokio::spawn(async move { delivery.settle.retry(Duration::ZERO).await })
         });
         told.collect()
@@ -354,7 +383,7 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 #[async_trait]
 impl Source for JetStreamSource {
     async fn ready(&mut self) {
-        while self.stash.is_empty() {
+        while self.best().is_none() {
             let Err(error) = self.step().await else { continue };
             self.bound = None;
             self.failures += 1;
@@ -368,8 +397,9 @@ impl Source for JetStreamSource {
 
     async fn next(&mut self) -> Delivery {
         loop {
-            if let Some((_, delivery)) = self.stash.pop_front() {
-                return delivery;
+            if let Some(place) = self.best() {
+                self.picks = self.picks.wrapping_add(1);
+                return self.stash.remove(place).delivery;
             }
             self.ready().await;
         }
@@ -379,7 +409,7 @@ impl Source for JetStreamSource {
         loop {
             // Trouble shows again when there is something to do.
             let _ = self.collect();
-            drop(self.give_back(HOLD));
+            drop(self.give_back(Fetched::is_in_the_way));
             let next = async {
                 match &mut self.answers {
                     Some((answers, _)) => answers.next().await,
@@ -399,7 +429,7 @@ impl Source for JetStreamSource {
 
     async fn close(&mut self) -> Vec<Message> {
         let _ = self.collect();
-        future::join_all(self.give_back(Duration::ZERO)).await;
+        future::join_all(self.give_back(|_| true)).await;
         if let Some((answers, _)) = &mut self.answers {
             // No interest, no deliveries.
             let _ = answers.unsubscribe().await;

@@ -119,9 +119,14 @@ impl Rig {
         [("engine", self.engine.log()), ("nats", self.nats.log())]
     }
 
-    /// What runs on behalf of containers, in them or beside them.
+    /// What runs in containers.
     pub(crate) fn processes(&self) -> Vec<String> {
         self.engine.processes()
+    }
+
+    /// What stands beside containers.
+    pub(crate) fn shims(&self) -> Vec<String> {
+        self.engine.shims()
     }
 }
 

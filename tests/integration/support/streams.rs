@@ -16,9 +16,7 @@ use serde_json::{Value, json};
 
 use super::wait::{PATIENCE, within};
 
-pub(crate) const QUEUE: &str = "functions_queue";
-pub(crate) const RESULTS: &str = "functions_results";
-pub(crate) const DEAD_LETTERS: &str = "functions_dead_letters";
+pub(crate) use super::jetstream::{DEAD_LETTERS, QUEUE, RESULTS};
 pub(crate) const ADVISORIES: &str = "functions_advisories";
 /// The stream behind the bucket of the records.
 const JOBS: &str = "KV_functions_jobs";
