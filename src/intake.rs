@@ -194,10 +194,10 @@ impl Intake {
             let recorded = self.runner.cancels().cancel(&id);
             if recorded.is_some() {
                 tracing::info!(job = %id, "cancelling the job");
-                let answer = cancel::answer(&id, &Answer::Stopping);
-                self.answer_cancellation(message.reply.clone(), answer).await;
             }
             if recorded == Some(false) {
+                let answer = cancel::answer(&id, &Answer::Stopping);
+                self.answer_cancellation(message.reply, answer).await;
                 continue;
             }
             let Ok(place) = elsewhere.clone().try_acquire_owned() else {
@@ -210,15 +210,15 @@ impl Intake {
             };
             let intake = self.clone();
             others.spawn(async move {
-                intake.cancel_elsewhere(id, message.reply.filter(|_| recorded.is_none())).await;
+                intake.record_cancellation(id, recorded.is_some(), message.reply).await;
                 drop(place);
             });
         }
     }
 
-    /// Sees to it that a job is cancelled that does not run here, or should this worker die now.
-    async fn cancel_elsewhere(&self, id: JobId, reply: Option<Subject>) {
-        let runs_here = reply.is_none();
+    /// Sees to it that a job is cancelled wherever it is, and stays so should its worker die now: only
+    /// then it is answered.
+    async fn record_cancellation(&self, id: JobId, runs_here: bool, reply: Option<Subject>) {
         if !runs_here {
             // What waits in this instance's memory is known to nobody else.
             self.runner.cancels().forbid(&id);

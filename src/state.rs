@@ -71,6 +71,16 @@ pub enum Opened {
     UnderWay,
 }
 
+/// What is to be expected of a job that another request was bringing to its end.
+pub enum Outlook {
+    /// It ended.
+    Ended(Box<Record>),
+    /// The other request is gone, and the job has not ended.
+    Open,
+    /// Nothing has changed, or nothing can be known just now.
+    Unknown,
+}
+
 /// Another worker has claimed the job since.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("another worker has taken the job over")]
@@ -164,10 +174,18 @@ impl Records {
         }
     }
 
-    /// The record of a job's end, where there is one and it can be read.
-    pub async fn ended(&self, id: &JobId) -> Option<Box<Record>> {
-        let record = self.read(id).await.ok()?.record?;
-        (record.state == State::Ended).then(|| Box::new(record))
+    /// What there is to do for a request of a job that another request was bringing to its end.
+    pub async fn outlook(&self, opening: &Opening) -> Outlook {
+        let Ok(Kept { record: Some(record), .. }) = self.read(&opening.id).await else {
+            return Outlook::Unknown;
+        };
+        if record.state == State::Ended {
+            return Outlook::Ended(Box::new(record));
+        }
+        match self.is_another(&record, opening).await {
+            Ok(false) => Outlook::Open,
+            Ok(true) | Err(()) => Outlook::Unknown,
+        }
     }
 
     /// Asks for a job to be cancelled, wherever it is. Waits for JetStream for as long as it takes.

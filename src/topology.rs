@@ -328,7 +328,7 @@ impl Topology {
         account(jetstream).await?;
         let mut faults = Vec::new();
         for (config, fields) in &self.streams {
-            if let Some(found) = ensure_stream(jetstream, config).await? {
+            if let Some(found) = ensure_stream(jetstream, config, fields).await? {
                 faults.extend(differences(&found, config, fields));
             }
         }
@@ -402,6 +402,7 @@ fn refused(what: &str, status: usize, code: ErrorCode, error: &dyn Display) -> S
 async fn ensure_stream(
     jetstream: &Context,
     wanted: &stream::Config,
+    fields: &[Field],
 ) -> Result<Option<stream::Config>, SetupError> {
     for last in [false, true] {
         match jetstream.get_stream(&wanted.name).await {
@@ -430,9 +431,11 @@ async fn ensure_stream(
                 CreateStreamErrorKind::JetStream(e)
                     if e.error_code() == ErrorCode::STREAM_NAME_EXIST && !last => {}
                 CreateStreamErrorKind::JetStream(e) => {
+                    let bytes = fields.iter().find(|field| field.name == "max_bytes");
+                    let bytes = bytes.map_or("its bytes", |field| field.setting);
                     let what = format!(
-                        "create the stream {} (max_bytes {}, replicas {})",
-                        wanted.name, wanted.max_bytes, wanted.num_replicas
+                        "create the stream {} with STREAM_REPLICAS={} and {bytes}={}",
+                        wanted.name, wanted.num_replicas, wanted.max_bytes
                     );
                     return Err(refused(&what, e.code(), e.error_code(), &e));
                 }
