@@ -430,3 +430,19 @@ async fn a_flood_of_cancellations_does_not_hold_up_the_one_that_counts() {
         world.clean().await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_job_that_is_sent_again_under_its_id_runs_where_nobody_keeps_records() {
+    let world = World::start(&[("MAX_CONTAINERS", "1")]).await;
+    // Such as the nightly one, which was cancelled once, before it came.
+    let id = world.id();
+    assert_eq!(result_of(&world, &id).await, "will_not_start");
+    let request = json!({"id": id, "parameter": "echo nightly"});
+    assert_eq!(world.execute(request.clone()).await.code(), "job.cancelled");
+    for night in 0..3 {
+        let events = world.events(&id).await;
+        world.submit(request.clone()).await;
+        assert_eq!(events.wait_for("ended").await["stdout"], "nightly\n", "night {night}");
+    }
+    world.clean().await;
+}
