@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_nats::{Subject, Subscriber};
 use bytes::Bytes;
@@ -219,6 +219,7 @@ impl Intake {
     /// Sees to it that a job is cancelled wherever it is, and stays so should its worker die now: only
     /// then it is answered.
     async fn record_cancellation(&self, id: JobId, runs_here: bool, reply: Option<Subject>) {
+        let asked_at = SystemTime::now();
         if !runs_here {
             // What waits in this instance's memory is known to nobody else.
             self.runner.cancels().forbid(&id);
@@ -227,7 +228,7 @@ impl Intake {
         let answer = match &self.records {
             None => cancel::answer(&id, &Answer::WillNotStart),
             Some(records) => {
-                let recorded = records.request_cancel(&id);
+                let recorded = records.request_cancel(&id, asked_at);
                 match tokio::time::timeout(CANCEL_PATIENCE, recorded).await {
                     Ok(answer) => cancel::answer(&id, &answer),
                     Err(_) => cancel::refusal(&JobError::new(

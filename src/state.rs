@@ -12,7 +12,7 @@ use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
 use bytes::Bytes;
 use tokio::time::timeout;
 
-use crate::job::JobId;
+use crate::job::{JobId, Status};
 use crate::nats::Connection;
 use crate::protocol::cancel::Answer;
 use crate::protocol::record::{Record, State};
@@ -188,8 +188,9 @@ impl Records {
         }
     }
 
-    /// Asks for a job to be cancelled, wherever it is. Waits for JetStream for as long as it takes.
-    pub async fn request_cancel(&self, id: &JobId) -> Answer {
+    /// Asks for a job to be cancelled, wherever it is. Waits for JetStream for as long as it takes. A
+    /// job that was cancelled since `asked_at` was cancelled for this.
+    pub async fn request_cancel(&self, id: &JobId, asked_at: SystemTime) -> Answer {
         let mut failures = 0;
         loop {
             let Ok(stored) = self.read(id).await else {
@@ -201,6 +202,13 @@ impl Records {
             let mut record =
                 stored.record.unwrap_or_else(|| Record::new(id.clone(), State::Queued, now));
             let answer = match record.state {
+                State::Ending | State::Ended
+                    if record.status() == Some(Status::Cancelled)
+                        && record.updated_at >= asked_at =>
+                {
+                    let began = record.outcome.is_some_and(|o| o.contains_key("started_at"));
+                    return if began { Answer::Stopping } else { Answer::WillNotStart };
+                }
                 State::Ending | State::Ended => {
                     let status = record.status().map_or("ended", |status| status.as_str());
                     return Answer::AlreadyEnded(status.to_owned());
