@@ -272,7 +272,7 @@ async fn a_job_that_ends_while_it_is_cancelled_has_one_outcome() {
                 let events = world.events(&id).await;
                 world.submit(json!({"id": id, "parameter": "sleep 0.2"})).await;
                 // From before it starts until after its end.
-                tokio::time::sleep(Duration::from_millis(round * 20 + lane * 7)).await;
+                tokio::time::sleep(Duration::from_millis(round * 30 + lane * 7)).await;
                 let answer = cancel(&world.client, id.clone()).await;
                 let last = events.wait_for("ended").await;
                 (id, events, answer, last)
