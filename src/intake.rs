@@ -230,6 +230,8 @@ impl Intake {
             Some(records) => {
                 let recorded = records.request_cancel(&id, asked_at);
                 match tokio::time::timeout(CANCEL_PATIENCE, recorded).await {
+                    // It was under way, though its function may not have begun.
+                    Ok(Answer::WillNotStart) if runs_here => cancel::answer(&id, &Answer::Stopping),
                     Ok(answer) => cancel::answer(&id, &answer),
                     Err(_) => cancel::refusal(&JobError::new(
                         code::JETSTREAM_UNAVAILABLE,
