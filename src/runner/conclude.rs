@@ -33,7 +33,6 @@ impl Runner {
         ticket: &mut Ticket,
         settle: Box<dyn Settle>,
     ) {
-        self.report(&outcome);
         let published = tokio::select! {
             biased;
             published = self.publish(&mut outcome, context, ticket) => published,
@@ -62,6 +61,7 @@ impl Runner {
         let claim = match ticket {
             Ticket::Claimed(claim) => claim,
             Ticket::Unrecorded(record) => {
+                self.report(outcome);
                 self.publish_unrecorded(outcome, context, record).await;
                 return true;
             }
@@ -83,6 +83,7 @@ impl Runner {
             tracing::warn!(job = %outcome.id, "another worker has taken the job over: this outcome counts for nothing");
             return false;
         }
+        self.report(outcome);
         crate::failpoint!("outcome.decided");
         let decided = Decided {
             id: outcome.id.clone(),

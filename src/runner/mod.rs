@@ -240,7 +240,6 @@ impl Runner {
         let error = exhausted(&format!("delivered {deliveries} times"));
         let attempt = Attempt::failed(Failure::Permanent(error));
         let mut outcome = self.outcome(id, image, &NO_LIMITS, &context, attempt);
-        self.report(&outcome);
         tokio::select! {
             biased;
             published = self.publish(&mut outcome, &context, &mut ticket) => published,
