@@ -6,11 +6,11 @@ use async_nats::Client;
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, message_of};
 use crate::support::engine::Engine;
 use crate::support::jetstream::Events;
 use crate::support::nats::{NatsOptions, NatsVersion, round_trip};
-use crate::support::process::free_port;
+use crate::support::process::{Signal, free_port};
 use crate::support::proxy::{Flow, Proxy};
 use crate::support::registry::{Access, Registry};
 use crate::support::results::{Results, header};
@@ -468,6 +468,34 @@ async fn many_jobs_can_be_cancelled_at_once() {
         for id in &ids {
             let result = world.results.wait_for(id).await;
             assert_eq!(header(&result, "Job-Error").as_deref(), Some("job.cancelled"));
+        }
+        world.clean().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_job_that_is_cancelled_at_the_daemons_end_is_not_handed_over() {
+    for version in NatsVersion::all() {
+        let options = NatsOptions::durable(version);
+        let settings = [("STOP_GRACE", "3s"), ("SHUTDOWN_GRACE", "0s"), ("ACK_WAIT", "3s")];
+        let mut world = World::durable_with(options, Engine::shared().await, &settings).await;
+        for first in ["cancellation", "end"] {
+            let (id, events) = listener(&world, "''").await;
+            if first == "cancellation" {
+                assert_eq!(result_of(&world, &id).await, "stopping");
+                world.daemon.signal(Signal::TERM);
+            } else {
+                world.daemon.signal(Signal::TERM);
+                let stopping = |line: &Value| message_of(line).contains("SHUTDOWN_GRACE is over");
+                world.daemon.log().wait_for("the functions are stopped", stopping).await;
+                assert_eq!(result_of(&world, &id).await, "stopping");
+            }
+            world.daemon.exit().await;
+            world.daemon = Daemon::spawn(&world.settings);
+            world.daemon.wait_ready().await;
+            cancelled(&world, &id, &events).await;
+            let begun = events.states().iter().filter(|state| *state == "running").count();
+            assert_eq!(begun, 1, "it was not begun again: {:?}", events.all());
         }
         world.clean().await;
     }
