@@ -297,3 +297,27 @@ async fn an_object_that_is_spoiled_is_not_run_on() {
         world.clean().await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_bucket_that_is_full_costs_the_output_that_does_not_fit_and_no_other() {
+    let settings = [("OBJECTS_MAX_BYTES", "2MiB"), ("OUTPUT_LIMIT", "1000")];
+    for world in durable_worlds(&settings).await {
+        let begun = std::time::Instant::now();
+        let ended = world.execute(json!({"parameter": "seq 1 500000"})).await;
+        assert_eq!((ended.status(), has_object(&ended, "stdout")), ("succeeded", false));
+        assert_eq!(
+            (ended.stdout().len(), &ended.outcome["stdout_truncated"]),
+            (1000, &json!(true))
+        );
+        assert!(begun.elapsed().as_secs() < 30, "{:?}", begun.elapsed());
+        // What was stored of it takes nobody's room.
+        let ended = world.execute(json!({"parameter": "seq 1 200000"})).await;
+        assert!(object(&world, &ended, "stdout").await == numbers(200_000));
+        // Another of the same size has none any more, and is told so.
+        let ended = world.execute(json!({"parameter": "seq 1 200000"})).await;
+        assert_eq!((ended.status(), has_object(&ended, "stdout")), ("succeeded", false));
+        assert_eq!(ended.outcome["stdout_truncated"], true);
+        world.works(2).await;
+        world.clean().await;
+    }
+}

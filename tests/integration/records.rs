@@ -300,3 +300,26 @@ async fn a_job_that_nobody_has_met_has_no_record() {
     assert_eq!(events.states(), ["running", "ended"]);
     world.clean().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn records_that_are_too_many_are_forgotten_and_nothing_stops() {
+    for version in NatsVersion::all() {
+        let options = NatsOptions::durable(version);
+        let settings = [("RECORDS_MAX_BYTES", "64KiB"), ("ACK_WAIT", "3s")];
+        let world = World::durable_with(options, Engine::shared().await, &settings).await;
+        let held = world.hold().await;
+        for _ in 0..12 {
+            let ended = world.execute(json!({"parameter": "seq 1 2000"})).await;
+            assert_eq!(ended.status(), "succeeded");
+        }
+        assert_eq!(world.ledger.record(&held.id).await, None, "it was the oldest");
+        // Long enough for its holder to look at it.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        world.release(&held).await;
+        let ended = world.ended(&held.id).await;
+        assert_eq!((ended.text().as_str(), &ended.outcome["attempt"]), ("released\n", &json!(1)));
+        world.ledger.settled().await;
+        assert!(world.ledger.tally().await.values().all(|count| *count == 1));
+        world.clean().await;
+    }
+}

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::support::daemon::Daemon;
 use crate::support::engine::Engine;
 use crate::support::nats::{NatsOptions, NatsVersion};
-use crate::support::process::free_port;
+use crate::support::process::{Signal, free_port};
 use crate::support::world::World;
 
 /// A world with streams on each kind of server, and one without.
@@ -158,5 +158,68 @@ async fn attempts_are_counted_over_all_instances() {
         assert!(world.ledger.dead_letters().await.is_empty(), "a function's failure is a result");
         drop(other);
         world.clean().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn what_a_worker_hands_over_at_its_end_is_no_attempt() {
+    for version in NatsVersion::all() {
+        let options = NatsOptions::durable(version);
+        let settings = [("MAX_DELIVER", "2"), ("SHUTDOWN_GRACE", "0s"), ("STOP_GRACE", "1s")];
+        let mut world = World::durable_with(options, Engine::shared().await, &settings).await;
+        // It fails each time it is let to, and has two attempts for that.
+        let id = world.id();
+        let script = "while [ ! -e /tmp/go ]; do sleep 0.1; done; exit 3";
+        let retry = json!({"max_attempts": 2, "on": ["failed"]});
+        let request = json!({"id": id, "parameter": ["sh", "-c", script], "retry": retry});
+        world.submit(request).await;
+        for _ in 0..3 {
+            world.engine.running(&id).await;
+            world.daemon.signal(Signal::TERM);
+            assert!(world.daemon.exit().await.success());
+            let record = world.ledger.record(&id).await.unwrap();
+            assert_eq!(record["state"], "queued", "{record}");
+            world.engine.gone(&id).await;
+            world.daemon = Daemon::spawn(&world.settings);
+            world.daemon.wait_ready().await;
+        }
+        for attempt in [4, 5] {
+            world.ledger.record_when(&id, |record| record["attempt"] == attempt).await;
+            let container = world.engine.running(&id).await;
+            world.engine.exec(&container, &["touch", "/tmp/go"]).await;
+        }
+        let ended = world.ended(&id).await;
+        assert_eq!((ended.status(), &ended.outcome["attempt"]), ("failed", &json!(5)));
+        world.ledger.settled().await;
+        assert!(world.ledger.dead_letters().await.is_empty());
+        assert_eq!(world.ledger.tally().await[&id], 1);
+        world.clean().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_job_that_waits_for_another_attempt_outlives_its_worker() {
+    for version in NatsVersion::all() {
+        for signal in [Signal::TERM, Signal::KILL] {
+            let options = NatsOptions::durable(version);
+            let settings = [("MAX_DELIVER", "6"), ("ACK_WAIT", "3s")];
+            let mut world = World::durable_with(options, Engine::shared().await, &settings).await;
+            let id = world.id();
+            let events = world.events(&id).await;
+            let image = format!("127.0.0.1:{}/any:1", free_port());
+            world.submit(json!({"id": id, "image_reference": image})).await;
+            let waits = |record: &Value| record["state"] == "queued" && record["attempt"] == 4;
+            world.ledger.record_when(&id, waits).await;
+            world.daemon.signal(signal);
+            world.daemon.exit().await;
+            world.daemon = Daemon::spawn(&world.settings);
+            world.daemon.wait_ready().await;
+            let last = events.wait_for("ended").await;
+            assert_eq!((&last["attempt"], &last["status"]), (&json!(6), &json!("error")), "{last}");
+            world.ledger.settled().await;
+            assert_eq!(world.ledger.tally().await[&id], 1);
+            assert_eq!(world.ledger.dead_letters().await.len(), 1);
+            world.clean().await;
+        }
     }
 }

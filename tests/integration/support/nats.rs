@@ -27,6 +27,8 @@ pub(crate) enum Auth {
     Credentials,
     /// The daemon's user may do everything but ask JetStream for anything; the test's may.
     NoStreams,
+    /// The user is of an account without JetStream, on a server where another has it.
+    NoStreamsAccount,
 }
 
 /// Which program: servers keep streams differently from version to version.
@@ -252,7 +254,7 @@ impl NatsServer {
         let mut settings = vec![("NATS_URL", self.url())];
         match self.options.auth {
             Auth::Open => {}
-            Auth::UserPassword | Auth::NoStreams => {
+            Auth::UserPassword | Auth::NoStreams | Auth::NoStreamsAccount => {
                 settings.push(("NATS_USER", "worker".into()));
                 settings.push(("NATS_PASSWORD", PASSWORD.into()));
             }
@@ -288,7 +290,7 @@ impl NatsServer {
             .request_timeout(None);
         match self.options.auth {
             Auth::Open => {}
-            Auth::UserPassword => {
+            Auth::UserPassword | Auth::NoStreamsAccount => {
                 options = options.user_and_password("worker".into(), PASSWORD.into())
             }
             Auth::NoStreams => {
@@ -375,6 +377,12 @@ impl NatsServer {
             Auth::UserPassword => {
                 config.push_str(&format!(
                     "authorization {{ user: worker, password: \"{PASSWORD}\" }}\n"
+                ));
+            }
+            Auth::NoStreamsAccount => {
+                config.push_str(&format!(
+                    "accounts {{ poor: {{ users: [ {{ user: worker, password: \"{PASSWORD}\" }} ] }}, \
+                     rich: {{ jetstream: enabled, users: [ {{ user: other, password: other }} ] }} }}\n"
                 ));
             }
             Auth::NoStreams => {
