@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_nats::HeaderMap;
 use futures::future::join_all;
 use serde_json::json;
+use tokio::io::AsyncWriteExt;
 
 use crate::support::engine::PrivateEngine;
 use crate::support::fleet::{Fleet, Once, server_version};
@@ -153,6 +154,46 @@ async fn a_request_that_kills_every_daemon_is_buried_after_its_last_delivery() {
     .await;
     assert!(fleet.workers[0].daemon.ended().is_none());
     fleet.workers[0].respawn();
+    works(&fleet).await;
+}
+
+/// A request with a header that no server minds and the client library does not survive ends whoever
+/// takes it, before there is anything to record. The server counts: after the last delivery its
+/// advisory has the request buried, with what can be read of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_request_that_no_client_survives_is_buried_through_the_advisory() {
+    let mut fleet = Fleet::start(1, &[("MAX_DELIVER", "1"), ("ACK_WAIT", "1s")]).await;
+    let id = fleet.id();
+    let body = json!({"id": id, "image_reference": fleet.image, "parameter": "true"}).to_string();
+    let headers = "NATS/1.0\r\nBad: a\rb\r\nGood: kept\r\n\r\n";
+    let address = fleet.nats.url().replace("nats://", "");
+    let mut socket = tokio::net::TcpStream::connect(address).await.unwrap();
+    let message = format!(
+        "CONNECT {{\"verbose\":false,\"headers\":true}}\r\nHPUB functions.execute {} {}\r\n{headers}{body}\r\n",
+        headers.len(),
+        headers.len() + body.len(),
+    );
+    socket.write_all(message.as_bytes()).await.unwrap();
+    let mut ends = 0;
+    let dead = loop {
+        if let Some(status) = fleet.workers[0].daemon.ended() {
+            assert_eq!(status.code(), Some(1), "{}", fleet.workers[0].daemon.log().text());
+            ends += 1;
+            assert!(ends <= 11, "MAX_DELIVER and ten more deliveries at most");
+            fleet.workers[0].respawn();
+        }
+        // The streams are asked by a client that never sees the header.
+        let dead = fleet.streams.dead_letters().await.unwrap();
+        if let Some(dead) = dead.into_iter().next() {
+            break dead;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    };
+    assert_eq!(header(&dead, "Job-Id"), id);
+    assert_eq!(header(&dead, "Dead-Letter-Reason"), "job.max_deliver");
+    assert_eq!(header(&dead, "Good"), "kept");
+    assert_eq!(dead.payload, body);
+    assert_eq!(fleet.ended_once(&id).await.code, "job.max_deliver");
     works(&fleet).await;
 }
 
