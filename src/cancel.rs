@@ -52,7 +52,8 @@ impl Cancels {
     pub fn register(&self, id: &JobId, recorded: bool) -> Registration {
         let token = CancellationToken::new();
         let mut state = self.state();
-        if state.forbidden.get(id).is_some_and(|until| *until > Instant::now()) {
+        // It is spent on the job it was meant for.
+        if state.forbidden.remove(id).is_some_and(|until| until > Instant::now()) {
             token.cancel();
         }
         state
@@ -63,27 +64,26 @@ impl Cancels {
         Registration { cancels: self.clone(), id: id.clone(), token }
     }
 
-    /// Cancels the job if it runs here. Returns whether there is a record of it; nothing where it does
-    /// not run here.
+    /// Cancels the job if it runs here, and else keeps it from starting here for a while: as long as its
+    /// request may wait in memory. Returns whether there is a record of it; nothing where it does not
+    /// run here.
     #[must_use]
-    pub fn cancel(&self, id: &JobId) -> Option<bool> {
-        let state = self.state();
-        let running = state.running.get(id)?;
-        running.iter().for_each(|running| running.token.cancel());
-        Some(running.iter().any(|running| running.recorded))
-    }
-
-    /// Keeps the job from starting here for a while: as long as its request may wait in memory.
-    pub fn forbid(&self, id: &JobId, patience: Duration) {
+    pub fn cancel(&self, id: &JobId, patience: Duration) -> Option<bool> {
         let mut state = self.state();
+        if let Some(running) = state.running.get(id) {
+            running.iter().for_each(|running| running.token.cancel());
+            return Some(running.iter().any(|running| running.recorded));
+        }
         if state.forbidden.insert(id.clone(), Instant::now() + patience).is_none() {
             state.oldest.push_back(id.clone());
         }
-        if state.oldest.len() > REMEMBERED
+        // Some of them were spent meanwhile.
+        while state.oldest.len() > REMEMBERED
             && let Some(oldest) = state.oldest.pop_front()
         {
             state.forbidden.remove(&oldest);
         }
+        None
     }
 }
 
@@ -105,32 +105,39 @@ impl Drop for Registration {
 mod tests {
     use super::*;
 
+    const LONG: Duration = Duration::from_secs(3600);
+
     #[test]
-    fn only_what_runs_is_cancelled() {
+    fn what_runs_is_cancelled() {
         let (cancels, id) = (Cancels::default(), JobId::new());
-        assert_eq!(cancels.cancel(&id), None);
         let (one, two) = (cancels.register(&id, true), cancels.register(&id, false));
         drop(one);
         assert!(!two.token.is_cancelled());
-        assert_eq!(cancels.cancel(&id), Some(false));
+        assert_eq!(cancels.cancel(&id, LONG), Some(false));
         assert!(two.token.is_cancelled());
         drop(two);
-        assert!(cancels.cancel(&id).is_none() && cancels.state().running.is_empty());
+        assert!(cancels.state().running.is_empty());
+        assert!(!cancels.register(&id, false).token.is_cancelled(), "it was meant for the others");
     }
 
     #[test]
-    fn what_is_forbidden_does_not_start_and_is_forgotten_in_the_end() {
+    fn what_does_not_run_yet_does_not_start() {
         let (cancels, id) = (Cancels::default(), JobId::new());
-        let long = Duration::from_secs(3600);
-        cancels.forbid(&id, long);
-        cancels.forbid(&id, long);
+        assert_eq!(cancels.cancel(&id, LONG), None);
+        assert_eq!(cancels.cancel(&id, LONG), None);
         assert!(cancels.register(&id, false).token.is_cancelled());
-        for _ in 0..REMEMBERED {
-            cancels.forbid(&JobId::new(), long);
+        assert!(!cancels.register(&id, false).token.is_cancelled(), "it is spent");
+        assert_eq!(cancels.cancel(&id, Duration::ZERO), None);
+        assert!(!cancels.register(&id, false).token.is_cancelled(), "its time is over");
+    }
+
+    #[test]
+    fn not_all_are_remembered() {
+        let (cancels, id) = (Cancels::default(), JobId::new());
+        for id in [id.clone()].into_iter().chain((0..REMEMBERED).map(|_| JobId::new())) {
+            assert_eq!(cancels.cancel(&id, LONG), None);
         }
         assert!(!cancels.register(&id, false).token.is_cancelled());
-        assert_eq!(cancels.state().forbidden.len(), REMEMBERED);
-        cancels.forbid(&id, Duration::ZERO);
-        assert!(!cancels.register(&id, false).token.is_cancelled(), "its time is over");
+        assert!(cancels.state().forbidden.len() <= REMEMBERED);
     }
 }

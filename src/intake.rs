@@ -32,10 +32,10 @@ const OWNER_FIRST: Duration = Duration::from_millis(250);
 const IN_LINE: Duration = Duration::from_secs(1);
 /// How long recording a cancellation may hold up its answer.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(5);
-/// How long a request may wait in memory without anybody having lost patience.
-const A_DAY: Duration = Duration::from_secs(24 * 3600);
+/// How long a cancellation waits for a job in memory, where nothing else remembers it.
+const AN_HOUR: Duration = Duration::from_secs(3600);
 /// Cancellations that are looked into at once.
-const CANCELLATIONS: usize = 64;
+const CANCELLATIONS: usize = 8192;
 
 /// The parts that take work and hand it to the runner.
 #[derive(Clone)]
@@ -193,7 +193,13 @@ impl Intake {
                     continue;
                 }
             };
-            let recorded = self.runner.cancels().cancel(&id);
+            let asked_at = SystemTime::now();
+            let patience = match self.records {
+                Some(_) => self.run_slot_timeout + CANCEL_PATIENCE,
+                None => AN_HOUR,
+            };
+            // What waits in this instance's memory is known to nobody else.
+            let recorded = self.runner.cancels().cancel(&id, patience);
             if recorded.is_some() {
                 tracing::info!(job = %id, "cancelling the job");
             }
@@ -212,7 +218,8 @@ impl Intake {
             };
             let intake = self.clone();
             others.spawn(async move {
-                intake.record_cancellation(id, recorded.is_some(), message.reply).await;
+                let runs_here = recorded.is_some();
+                intake.record_cancellation(id, asked_at, runs_here, message.reply).await;
                 drop(place);
             });
         }
@@ -220,15 +227,14 @@ impl Intake {
 
     /// Sees to it that a job is cancelled wherever it is, and stays so should its worker die now: only
     /// then it is answered.
-    async fn record_cancellation(&self, id: JobId, runs_here: bool, reply: Option<Subject>) {
-        let asked_at = SystemTime::now();
+    async fn record_cancellation(
+        &self,
+        id: JobId,
+        asked_at: SystemTime,
+        runs_here: bool,
+        reply: Option<Subject>,
+    ) {
         if !runs_here {
-            // What waits in this instance's memory is known to nobody else.
-            let patience = match self.records {
-                Some(_) => self.run_slot_timeout + CANCEL_PATIENCE,
-                None => A_DAY,
-            };
-            self.runner.cancels().forbid(&id, patience);
             tokio::time::sleep(OWNER_FIRST).await;
         }
         let answer = match &self.records {
