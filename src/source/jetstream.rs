@@ -63,6 +63,9 @@ pub struct Options {
 /// How long a request that came when there was no slot for it waits here before it is left to others,
 /// where it has been delivered too often to be left to them at once.
 const HOLD: Duration = Duration::from_secs(3);
+/// How long an acknowledgement may be tried for at most. Who waited longer would keep a slot, or the
+/// daemon's end, for what the job's record makes good anyhow.
+const ACK_PATIENCE: Duration = Duration::from_secs(10);
 /// How long what is on the wire may take to come at the end.
 const LAST_ANSWERS: Duration = Duration::from_millis(200);
 /// How many deliveries are not too often.
@@ -297,7 +300,7 @@ impl JetStreamSource {
             jetstream: self.jetstream.clone(),
             subjects: self.subjects.clone(),
             acker,
-            patience: self.options.ack_wait,
+            patience: self.options.ack_wait.min(ACK_PATIENCE),
             is_last: deliveries >= self.options.max_attempts + SPARE_DELIVERIES,
             _keep_alive: AbortOnDropHandle::new(tokio::spawn(keep_alive)),
         });
@@ -634,7 +637,7 @@ struct Ack {
     jetstream: Context,
     subjects: Subjects,
     acker: Acker,
-    /// How long an acknowledgement may take: after that the request comes again anyhow.
+    /// How long an acknowledgement is tried for.
     patience: Duration,
     /// Whether the server will not deliver the request again.
     is_last: bool,
