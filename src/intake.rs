@@ -62,37 +62,40 @@ impl Intake {
     /// request taken.
     pub async fn execute(self, mut source: Box<dyn Source>, mut engine: watch::Receiver<Health>) {
         loop {
-            let ready = self.unless_draining(async {
-                if *engine.borrow() != Health::Up || self.slots.is_full() {
-                    // Others may have use for what was fetched.
-                    source.rest().await;
-                }
-                up(&mut engine).await;
-                let free = self.slots.free().await;
+            let taken = self.unless_draining(async {
+                let free = tokio::select! {
+                    biased;
+                    free = self.could_run(&mut engine) => free,
+                    () = source.rest() => return None,
+                };
                 tokio::select! {
-                    () = source.ready(free) => true,
+                    () = source.ready(free) => {}
                     // Back to waiting: what is taken now would only fail.
-                    () = down(&mut engine) => false,
+                    () = down(&mut engine) => return None,
                 }
+                // A `run` request may have been faster; then this one is next in line.
+                let slot = self.slots.take_within(IN_LINE).await?;
+                Some((source.next().await, slot))
             });
-            match ready.await {
-                None => break,
-                Some(false) => continue,
-                Some(true) => {}
-            }
-            // A `run` request may have been faster; then this one is next in line.
-            match self.unless_draining(self.slots.take_within(IN_LINE)).await {
+            match taken.await {
                 None => break,
                 Some(None) => {}
-                Some(Some(slot)) => {
-                    let delivery = source.next().await;
+                Some(Some((delivery, slot))) => {
                     self.spawn_job(delivery, slot);
+                    // The job before the next pull.
+                    tokio::task::yield_now().await;
                 }
             }
         }
         for message in source.close().await {
             self.refuse(message, shutting_down());
         }
+    }
+
+    /// Waits for a healthy engine and a free slot. Returns how many there are.
+    async fn could_run(&self, engine: &mut watch::Receiver<Health>) -> usize {
+        up(engine).await;
+        self.slots.free().await
     }
 
     /// Answers what found the buffer full.

@@ -150,7 +150,7 @@ impl Publisher {
                 tracing::warn!(%job, subject, %error, "JetStream did not confirm a message; it is sent again");
             }
             if error.kind() == PublishErrorKind::StreamNotFound || failures > 1 {
-                let _ = topology.ensure(jetstream).await;
+                let _ = topology.mend(jetstream).await;
             }
             tokio::time::sleep(TROUBLE.delay(failures)).await;
         }

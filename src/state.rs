@@ -300,7 +300,7 @@ impl Records {
         tokio::time::sleep(TROUBLE.delay(failures)).await;
         inner.connection.connected().await;
         if failures > 1 {
-            let mended = inner.topology.ensure(&inner.jetstream).await;
+            let mended = inner.topology.mend(&inner.jetstream).await;
             if let Err(error) = mended
                 && failures.is_multiple_of(10)
             {

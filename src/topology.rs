@@ -5,7 +5,8 @@
 //! so and does not start.
 
 use std::fmt::{self, Display};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy, pull};
 use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamErrorKind, RequestErrorKind};
@@ -82,6 +83,8 @@ pub struct Topology {
     pub names: Names,
     streams: Vec<(stream::Config, &'static [Field])>,
     consumers: Vec<(String, pull::Config)>,
+    /// When what is missing was last made again.
+    mended: Arc<tokio::sync::Mutex<Option<Instant>>>,
 }
 
 /// A field of a stream that must be as wanted, and the setting that says how.
@@ -272,7 +275,21 @@ impl Topology {
             .collect();
         consumers
             .push((names.advisories.clone(), consumer(names.advisory_consumer(), String::new())));
-        Self { names, streams, consumers }
+        Self { names, streams, consumers, mended: Arc::default() }
+    }
+
+    /// Makes again what has gone missing, unless that was done a moment ago.
+    ///
+    /// # Errors
+    /// Says why JetStream cannot be used as the settings ask.
+    pub async fn mend(&self, jetstream: &Context) -> Result<(), SetupError> {
+        let mut mended = self.mended.lock().await;
+        if mended.is_some_and(|at| at.elapsed() < MEND_INTERVAL) {
+            return Ok(());
+        }
+        let result = self.ensure(jetstream).await;
+        *mended = Some(Instant::now());
+        result
     }
 
     /// Makes what is missing and checks what is there.
@@ -297,6 +314,9 @@ impl Topology {
         if faults.is_empty() { Ok(()) } else { Err(SetupError::Unfit(faults.join("; "))) }
     }
 }
+
+/// How often what is missing is made again at most: many may find out at once.
+const MEND_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Whether the account has JetStream.
 async fn account(jetstream: &Context) -> Result<(), SetupError> {
@@ -479,7 +499,7 @@ fn consumer_differences(
     let name = wanted.durable_name.as_deref().unwrap_or_default();
     [
         ("ack_wait", "ACK_WAIT", "--wait"),
-        ("max_deliver", "MAX_DELIVER", "--max-deliver"),
+        ("max_deliver", "MAX_DELIVER (10 less)", "--max-deliver"),
         ("ack_policy", "", ""),
         ("filter_subject", "SUBJECT_PREFIX", ""),
         ("deliver_subject", "", ""),

@@ -213,7 +213,6 @@ impl Runner {
         };
         context.attempt = ticket.attempt();
         if context.attempt > self.options.max_attempts {
-            drop(slot);
             context.attempt -= 1;
             let (image, attempts) = (ticket.record().image.clone(), context.attempt);
             let message = format!(
@@ -228,8 +227,9 @@ impl Runner {
         let request = match decoded {
             Ok(request) => request,
             Err(Refused { id, image, failure }) => {
-                // Nothing runs: the answer needs no slot.
-                drop(slot);
+                // Nothing runs: the answer needs no slot. But what a queue keeps is not to be
+                // fetched faster than its end is confirmed.
+                let _slot = Some(slot).filter(|_| settle.is_durable());
                 let outcome =
                     self.outcome(id, image, &NO_LIMITS, &context, Attempt::failed(failure));
                 self.conclude(outcome, &context, &mut ticket, settle).await;
@@ -250,7 +250,6 @@ impl Runner {
             expires_at.filter(|at| *at <= SystemTime::now()).map(verdict::expired)
         };
         if let Some(error) = unstarted {
-            drop(slot);
             let mut outcome = self.outcome(
                 job.id,
                 Some(job.image),
@@ -303,11 +302,17 @@ impl Runner {
             self.report_again(&id, &attempt.verdict, &context, delay);
             // The next attempt must not run beside what is left of this one.
             cleaned = tokio::select! {
+                biased;
                 () = self.clean_up(&mut run, &id) => true,
-                () = self.shutdown.forced.cancelled() => false,
+                () = self.shutdown.silent.cancelled() => false,
             };
+            if !cleaned && settle.is_durable() {
+                // It comes again when this worker has been silent for long enough.
+                return;
+            }
             if cleaned {
-                match self.give_back(settle, &mut ticket, delay).await {
+                let counts = !delay.is_zero();
+                match self.give_back(settle, &mut ticket, delay, counts).await {
                     Ok(()) => return,
                     // Nobody takes the job back: this attempt was the last.
                     Err(back) => settle = back,
@@ -364,13 +369,11 @@ impl Runner {
         match self.open(records, id, image, context).await? {
             Opened::Mine(claim) => return Some((Ticket::Claimed(claim), settle, slot)),
             Opened::Ending(mut claim) => {
-                drop(slot);
                 if self.complete(&mut claim, context).await {
                     settle.done().await;
                 }
             }
             Opened::Ended(record) => {
-                drop(slot);
                 self.repeat(&record, context).await;
                 settle.done().await;
             }
@@ -476,10 +479,7 @@ impl Runner {
         tracing::info!(job = %record.id, "publishing the outcome another worker left");
         let decided = Decided {
             id: record.id.clone(),
-            dead: record.status().and_then(|status| {
-                let error = record.error()?;
-                is_dead(status, Some(&error)).then_some(error)
-            }),
+            dead: record.error().filter(|_| record.status().is_some_and(is_dead)),
             image: record.image.clone(),
             attempt: record.attempt,
             result,
@@ -595,11 +595,14 @@ impl Runner {
         settle: Box<dyn Settle>,
         ticket: &mut Ticket,
         delay: Duration,
+        counts: bool,
     ) -> Result<(), Box<dyn Settle>> {
         let retry_at = SystemTime::now() + delay;
         let queued = ticket.update(&self.publisher, |record| {
             record.state = State::Queued;
             record.retry_at = Some(retry_at);
+            // A worker that was told to stop is no fault of the job's.
+            record.attempt -= u32::from(!counts && record.attempt > 0);
             (record.running_at, record.pulling_at, record.pull) = (None, None, None);
         });
         let queued = tokio::select! {
@@ -682,7 +685,7 @@ impl Runner {
         crate::failpoint!("outcome.decided");
         let decided = Decided {
             id: outcome.id.clone(),
-            dead: outcome.error.clone().filter(|error| is_dead(outcome.status, Some(error))),
+            dead: outcome.error.clone().filter(|_| is_dead(outcome.status)),
             image: outcome.image.clone(),
             attempt: outcome.attempt,
             result: outcome::result_message(outcome, self.publisher.max_payload()),
@@ -711,8 +714,10 @@ impl Runner {
     }
 
     async fn publish_unrecorded(&self, outcome: &Outcome, context: &Context, record: &mut Record) {
+        // That a worker was told to stop is no reason: whoever sent it is told to send it again.
         if let Some(error) = &outcome.error
-            && is_dead(outcome.status, Some(error))
+            && is_dead(outcome.status)
+            && error.code != code::JOB_STOPPED
         {
             let (image, attempt) = (outcome.image.as_deref(), outcome.attempt);
             self.publisher.bury(&context.message, &outcome.id, image, attempt, error).await;
@@ -915,12 +920,10 @@ impl Runner {
     }
 }
 
-/// Whether a job with this outcome is a dead letter: nothing ran to an end of its own, and sending
-/// the same again as it is may help later, if ever. A worker that was told to stop is no reason.
-fn is_dead(status: Status, error: Option<&JobError>) -> bool {
-    let stopped = [code::SHUTTING_DOWN, code::JOB_STOPPED];
+/// Whether a job that ended so is a dead letter: nothing ran to an end of its own, and sending the
+/// same again as it is may help later, if ever.
+fn is_dead(status: Status) -> bool {
     matches!(status, Status::Rejected | Status::Error)
-        && !error.is_some_and(|error| stopped.contains(&error.code.as_ref()))
 }
 
 /// Whether a failure puts the engine itself in doubt.

@@ -4,16 +4,19 @@
 //! only while it has a free slot, so that the fleet shares the load by free slots; and what it
 //! has fetched it keeps with signs of life until it is settled, however long that takes.
 
+use std::collections::VecDeque;
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use async_nats::jetstream::consumer::{Consumer, pull};
 use async_nats::jetstream::{self, AckKind, Context};
-use async_nats::{HeaderMap, HeaderName, HeaderValue, Request, Subject};
+use async_nats::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode, Subject, Subscriber};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::future::FutureExt;
 use futures::{StreamExt, future};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -55,7 +58,13 @@ pub struct Options {
     pub max_age: Duration,
 }
 
+/// How long a request that came when there was no slot for it waits here before it is left to others.
+const HOLD: Duration = Duration::from_secs(3);
+
 /// The work queue, as one instance takes from it.
+///
+/// A server cannot be told to forget a pull, and what it delivers must not go unheard: it would be
+/// missing for `ACK_WAIT`. So all pulls are answered on one subscription that lives as long as this.
 pub struct JetStreamSource {
     connection: Connection,
     jetstream: Context,
@@ -63,25 +72,27 @@ pub struct JetStreamSource {
     subjects: Subjects,
     options: Options,
     levels: Vec<Level>,
-    /// Of which connection the consumers are, and in which incarnation of the stream; nothing
-    /// before they were looked up.
+    /// Where the answers to all pulls arrive, and the subject's beginning.
+    answers: Option<(Subscriber, String)>,
+    /// Nothing before the consumers were looked up, and after trouble.
     bound: Option<Bound>,
-    sweep: Option<Sweep>,
+    pulls: u64,
     picks: u32,
     /// Fetched and not yet taken, in the order they came.
-    stash: std::collections::VecDeque<Delivery>,
+    stash: VecDeque<(tokio::time::Instant, Delivery)>,
     failures: u32,
 }
 
-/// One priority's consumer, and the pull that waits at it.
+/// One priority's consumer, and the pull under way at it.
 struct Level {
     priority: Priority,
     consumer: Option<Consumer<pull::Config>>,
     pull: Option<Pull>,
 }
 
+#[derive(Clone, Copy, Debug)]
 struct Pull {
-    batch: pull::Batch,
+    number: u64,
     /// Whether the server keeps it until a request comes.
     waits: bool,
     /// When an answer is overdue.
@@ -90,17 +101,22 @@ struct Pull {
 
 #[derive(Clone, Copy, Debug)]
 struct Bound {
+    /// Of which connection: what waited at the server is gone with it.
     epoch: u64,
     /// When the stream was made, in nanoseconds since 1970: part of the ids of requests without
     /// one, so that a stream that is made anew does not repeat them.
     created: i128,
 }
 
-/// A round through the queues, in an order, as far as it has come.
-#[derive(Clone, Copy, Debug)]
-struct Sweep {
-    order: [usize; 3],
-    at: usize,
+/// What a server is asked with a pull: `$JS.API.CONSUMER.MSG.NEXT` of the JetStream wire API (ADR-13).
+#[derive(serde::Serialize)]
+struct PullRequest {
+    batch: u32,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    no_wait: bool,
+    /// Nanoseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires: Option<u64>,
 }
 
 impl JetStreamSource {
@@ -121,86 +137,129 @@ impl JetStreamSource {
             subjects,
             options,
             levels: Priority::ALL.iter().map(level).collect(),
+            answers: None,
             bound: None,
-            sweep: None,
+            pulls: 0,
             // Not zero: a quiet queue is asked in its natural order.
             picks: 1,
-            stash: std::collections::VecDeque::new(),
+            stash: VecDeque::new(),
             failures: 0,
         }
     }
 
-    /// Finds the consumers, again after each new connection: what waited at the server is gone with
-    /// the old one. Where something is missing it is made again.
-    async fn bind(&mut self) -> Result<(), SetupError> {
+    /// Finds the consumers, again after each new connection. Where something is missing it is made
+    /// again.
+    async fn bind(&mut self) -> Result<Bound, SetupError> {
         self.connection.connected().await;
         let epoch = self.connection.epoch();
-        if self.bound.is_some_and(|bound| bound.epoch == epoch) {
-            return Ok(());
+        if let Some(bound) = self.bound.filter(|bound| bound.epoch == epoch) {
+            return Ok(bound);
         }
-        self.unbind();
-        if self.lookup(epoch).await.is_err() {
-            self.topology.ensure(&self.jetstream).await?;
-            self.lookup(epoch).await.map_err(|e| SetupError::Unavailable(e.to_string()))?;
+        for level in &mut self.levels {
+            level.pull = None;
         }
-        Ok(())
+        let unavailable = |error: &dyn Display| SetupError::Unavailable(error.to_string());
+        if self.answers.is_none() {
+            let inbox = self.connection.client.new_inbox();
+            let answers = self.connection.client.subscribe(format!("{inbox}.*")).await;
+            self.answers = Some((answers.map_err(|e| unavailable(&e))?, inbox));
+        }
+        let created = match self.lookup().await {
+            Ok(created) => created,
+            Err(_) => {
+                self.topology.mend(&self.jetstream).await?;
+                self.lookup().await.map_err(|e| unavailable(&e))?
+            }
+        };
+        Ok(*self.bound.insert(Bound { epoch, created }))
     }
 
-    async fn lookup(&mut self, epoch: u64) -> Result<(), async_nats::Error> {
+    async fn lookup(&mut self) -> Result<i128, async_nats::Error> {
         let names = &self.topology.names;
         let stream = self.jetstream.get_stream(&names.queue).await?;
         for level in &mut self.levels {
             let name = names.consumer(level.priority);
             level.consumer = Some(stream.get_consumer(&name).await?);
         }
-        let created = stream.cached_info().created.unix_timestamp_nanos();
-        self.bound = Some(Bound { epoch, created });
+        Ok(stream.cached_info().created.unix_timestamp_nanos())
+    }
+
+    /// Asks level `at` for one request: now or never, or whenever one comes.
+    async fn ask(&mut self, at: usize, waits: bool) -> Result<(), SetupError> {
+        let Some((_, inbox)) = &self.answers else { return Ok(()) };
+        self.pulls += 1;
+        let number = self.pulls;
+        let names = &self.topology.names;
+        let consumer = names.consumer(self.levels[at].priority);
+        let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{consumer}", names.queue);
+        let expires = u64::try_from(PULL_EXPIRES.as_nanos()).ok().filter(|_| waits);
+        let request = PullRequest { batch: 1, no_wait: !waits, expires };
+        let request = serde_json::to_vec(&request).unwrap_or_default();
+        let reply = format!("{inbox}.{number}");
+        let asked = self.connection.client.publish_with_reply(subject, reply, request.into()).await;
+        asked.map_err(|e| SetupError::Unavailable(e.to_string()))?;
+        let patience = if waits { PULL_EXPIRES + API_TIMEOUT } else { API_TIMEOUT };
+        let overdue = tokio::time::Instant::now() + patience;
+        self.levels[at].pull = Some(Pull { number, waits, overdue });
         Ok(())
     }
 
-    /// Forgets the consumers and what waits at them. What arrived meanwhile is kept.
-    fn unbind(&mut self) {
-        self.collect();
-        for level in &mut self.levels {
-            (level.consumer, level.pull) = (None, None);
-        }
-        self.bound = None;
-    }
-
-    /// Takes in what the pulls have brought so far.
-    fn collect(&mut self) {
-        for at in 0..self.levels.len() {
-            let Some(pull) = &mut self.levels[at].pull else { continue };
-            if let Some(answer) = pull.batch.next().now_or_never() {
-                self.take(at, answer);
+    /// Takes in an answer to a pull. Returns the level where that ended the pull under way.
+    fn take(&mut self, message: async_nats::Message) -> Result<Option<usize>, SetupError> {
+        let at = match message.status {
+            None | Some(StatusCode::OK) => match self.delivery(message) {
+                Ok((at, delivery)) => {
+                    self.failures = 0;
+                    self.stash.push_back((tokio::time::Instant::now(), delivery));
+                    // It bears the subject it was published to, and so not its pull's number. Should
+                    // it be a late answer to an earlier one, there is one pull too many for a while.
+                    Some(at)
+                }
+                // Only a server that speaks another protocol gets here.
+                Err(error) => {
+                    tracing::error!(%error, "a delivery that is none");
+                    None
+                }
+            },
+            Some(status) => {
+                let number = message.subject.rsplit('.').next().and_then(|n| n.parse().ok());
+                let is_its_own =
+                    |level: &Level| level.pull.is_some_and(|pull| Some(pull.number) == number);
+                let at = self.levels.iter().position(is_its_own);
+                match status {
+                    StatusCode::IDLE_HEARTBEAT => None,
+                    // There is nothing, or was nothing in time.
+                    StatusCode::NOT_FOUND | StatusCode::TIMEOUT => at,
+                    _ if at.is_none() => None,
+                    _ => {
+                        let why = message.description.unwrap_or_default();
+                        let why = format!("a pull was refused: {status} {why}");
+                        return Err(SetupError::Unavailable(why));
+                    }
+                }
             }
+        };
+        if let Some(at) = at {
+            self.levels[at].pull = None;
         }
-    }
-
-    /// What came of the pull at level `at`.
-    fn take(&mut self, at: usize, answer: Option<Result<jetstream::Message, async_nats::Error>>) {
-        self.levels[at].pull = None;
-        // Otherwise the server has nothing, or nothing yet; or it is in trouble, and then so is the
-        // next pull.
-        let Some(Ok(message)) = answer else { return };
-        self.failures = 0;
-        match self.delivery(at, message) {
-            Ok(delivery) => self.stash.push_back(delivery),
-            // Only a server that speaks another protocol gets here.
-            Err(error) => tracing::error!(%error, "a delivery that is none"),
-        }
+        Ok(at)
     }
 
     fn delivery(
         &self,
-        at: usize,
-        message: jetstream::Message,
-    ) -> Result<Delivery, async_nats::Error> {
+        message: async_nats::Message,
+    ) -> Result<(usize, Delivery), async_nats::Error> {
+        let message = jetstream::Message { message, context: self.jetstream.clone() };
         let info = message.info()?;
+        let names = &self.topology.names;
+        let is_its_own = |level: &Level| names.consumer(level.priority) == info.consumer;
+        let at = self.levels.iter().position(is_its_own).ok_or("it is of another consumer")?;
+        let level = &self.levels[at];
+        let priority = level.priority;
         let (sequence, published) = (info.stream_sequence, info.published);
         let deliveries = u32::try_from(info.delivered).unwrap_or(u32::MAX);
         let count = info.consumer_sequence;
-        let made = self.levels[at].consumer.as_ref().map(|c| c.cached_info().created);
+        let made = level.consumer.as_ref().map(|c| c.cached_info().created);
         let made = made.map_or(0, |made| made.unix_timestamp_nanos() / 1000);
         let message = message.message;
         let Some(reply) = message.reply else { return Err("it has no reply subject".into()) };
@@ -216,7 +275,7 @@ impl JetStreamSource {
         message.delivery = Some((u64::try_from(made).unwrap_or(0), count));
         let too_old = message.received_at.checked_add(self.options.max_age);
         message.expires_at = message.expires_at.into_iter().chain(too_old).min();
-        message.priority = Some(self.levels[at].priority);
+        message.priority = Some(priority);
         let acker = Acker { connection: self.connection.clone(), subject: reply };
         let keep_alive = acker.clone().keep_alive(self.options.ack_wait / 3);
         let settle = Box::new(Ack {
@@ -227,88 +286,136 @@ impl JetStreamSource {
             is_last: deliveries >= self.options.max_attempts + SPARE_DELIVERIES,
             _keep_alive: AbortOnDropHandle::new(tokio::spawn(keep_alive)),
         });
-        Ok(Delivery { message, settle })
+        Ok((at, Delivery { message, settle }))
     }
 
-    /// One step towards a delivery: ask, or wait for an answer.
+    /// The next answer to any pull, or nothing where one is overdue or the connection broke.
+    async fn answer(&mut self, epoch: u64) -> Option<async_nats::Message> {
+        let overdue = self.levels.iter().filter_map(|level| Some(level.pull?.overdue)).min();
+        let never = tokio::time::Instant::now() + Duration::from_secs(3600);
+        let (answers, _) = self.answers.as_mut()?;
+        tokio::select! {
+            biased;
+            answer = answers.next() => answer,
+            () = tokio::time::sleep_until(overdue.unwrap_or(never)) => None,
+            () = self.connection.broken(epoch) => None,
+        }
+    }
+
+    /// One step towards a delivery: ask, or wait for an answer. Cancel-safe.
     async fn step(&mut self) -> Result<(), SetupError> {
-        self.bind().await?;
-        let Some(Bound { epoch, .. }) = self.bound else { return Ok(()) };
-        let mut sweep = match self.sweep {
-            Some(sweep) => sweep,
-            None => *self.sweep.insert(Sweep { order: order(self.picks), at: 0 }),
-        };
-        // A queue with a pull that waits is empty: it would have answered.
-        while sweep.at < 3 {
-            let level = &mut self.levels[sweep.order[sweep.at]];
-            match &mut level.pull {
-                None => {
-                    level.ask(false).await?;
-                    break;
-                }
-                Some(pull) if !pull.waits => break,
-                Some(_) => sweep.at += 1,
+        let Bound { epoch, .. } = self.bind().await?;
+        // A queue with a pull that waits is empty: it would have answered. Of the others, the first
+        // is asked, and the rest only when it has nothing.
+        if !self.levels.iter().any(|level| level.pull.is_some_and(|pull| !pull.waits)) {
+            let order = order(self.picks);
+            if let Some(at) = order.into_iter().find(|at| self.levels[*at].pull.is_none()) {
+                self.ask(at, false).await?;
             }
         }
-        self.sweep = Some(sweep);
-        if sweep.at == 3 {
-            for level in &mut self.levels {
-                if level.pull.is_none() {
-                    level.ask(true).await?;
-                }
-            }
-        }
-        let one = (sweep.at < 3).then(|| sweep.order[sweep.at]);
-        let answer = {
-            let answers = self.levels.iter_mut().enumerate().filter_map(|(at, level)| {
-                let pull = level.pull.as_mut().filter(|_| one.is_none_or(|one| one == at))?;
-                let answer = tokio::time::timeout_at(pull.overdue, pull.batch.next());
-                Some(answer.map(move |answer| (at, answer)).boxed())
-            });
-            tokio::select! {
-                (answer, _, _) = future::select_all(answers) => Some(answer),
-                () = self.connection.broken(epoch) => None,
-            }
-        };
-        let Some((at, answer)) = answer else {
-            self.unbind();
+        let Some(answer) = self.answer(epoch).await else {
+            // Whatever it was, the pulls count no more; what still comes of them is taken in.
+            self.bound = None;
             return Ok(());
         };
-        if !matches!(answer, Ok(Some(_)))
-            && let Some(sweep) = &mut self.sweep
+        let nothing = answer.status == Some(StatusCode::NOT_FOUND);
+        if let Some(at) = self.take(answer)?
+            && nothing
         {
-            sweep.at = (sweep.at + 1).min(3);
+            // From here on the server says when there is something.
+            self.ask(at, true).await?;
         }
-        let answer = answer.unwrap_or(None);
-        let trouble = match &answer {
-            Some(Err(error)) => Some(SetupError::Unavailable(error.to_string())),
-            _ => None,
-        };
-        self.take(at, answer);
+        // What came with it waits no longer than it does.
+        self.collect()?;
         if !self.stash.is_empty() {
-            // Others may have come with it: they wait no longer than it does.
-            self.collect();
             self.picks = self.picks.wrapping_add(1);
-            self.sweep = None;
         }
-        trouble.map_or(Ok(()), Err)
+        Ok(())
+    }
+
+    /// Takes in what has arrived.
+    fn collect(&mut self) -> Result<(), SetupError> {
+        loop {
+            let Some((answers, _)) = &mut self.answers else { return Ok(()) };
+            let Some(Some(answer)) = answers.next().now_or_never() else { return Ok(()) };
+            self.take(answer)?;
+        }
+    }
+
+    /// Gives back what came so long ago. What would not be delivered once more stays until there is a
+    /// slot.
+    fn give_back(&mut self, age: Duration) -> Vec<JoinHandle<Result<(), Closed>>> {
+        let (back, kept): (Vec<_>, Vec<_>) = self
+            .stash
+            .drain(..)
+            .partition(|(at, delivery)| at.elapsed() >= age && delivery.settle.can_retry());
+        self.stash = kept.into();
+        // Tasks of their own: whoever gives up waiting for this must not keep them from being told.
+        let told = back.into_iter().map(|(_, delivery)| {
+            tokio::spawn(async move { delivery.settle.retry(Duration::ZERO).await })
+        });
+        told.collect()
     }
 }
 
-impl Level {
-    /// Asks for one request: now or never, or whenever one comes.
-    async fn ask(&mut self, wait: bool) -> Result<(), SetupError> {
-        let Some(consumer) = &self.consumer else { return Ok(()) };
-        let (batch, patience) = if wait {
-            let expires = PULL_EXPIRES;
-            (consumer.batch().max_messages(1).expires(expires).messages().await, 2 * expires)
-        } else {
-            (consumer.fetch().max_messages(1).messages().await, API_TIMEOUT)
-        };
-        let batch = batch.map_err(|e| SetupError::Unavailable(e.to_string()))?;
-        let overdue = tokio::time::Instant::now() + patience;
-        self.pull = Some(Pull { batch, waits: wait, overdue });
-        Ok(())
+fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name).map(|value| value.as_str())
+}
+
+#[async_trait]
+impl Source for JetStreamSource {
+    async fn ready(&mut self, _free: usize) {
+        while self.stash.is_empty() {
+            let Err(error) = self.step().await else { continue };
+            self.bound = None;
+            self.failures += 1;
+            // Once an episode, and again while it lasts.
+            if self.failures == 1 || self.failures.is_multiple_of(20) {
+                tracing::warn!(%error, "cannot take requests from JetStream; trying on");
+            }
+            tokio::time::sleep(TROUBLE.delay(self.failures)).await;
+        }
+    }
+
+    async fn next(&mut self) -> Delivery {
+        loop {
+            if let Some((_, delivery)) = self.stash.pop_front() {
+                return delivery;
+            }
+            self.ready(1).await;
+        }
+    }
+
+    async fn rest(&mut self) {
+        loop {
+            // Trouble shows again when there is something to do.
+            let _ = self.collect();
+            drop(self.give_back(HOLD));
+            let next = async {
+                match &mut self.answers {
+                    Some((answers, _)) => answers.next().await,
+                    None => std::future::pending().await,
+                }
+            };
+            match timeout(HOLD, next).await {
+                Ok(Some(answer)) => {
+                    let _ = self.take(answer);
+                }
+                // The client is closed.
+                Ok(None) => std::future::pending().await,
+                Err(_) => {}
+            }
+        }
+    }
+
+    async fn close(&mut self) -> Vec<Message> {
+        let _ = self.collect();
+        future::join_all(self.give_back(Duration::ZERO)).await;
+        if let Some((answers, _)) = &mut self.answers {
+            // No interest, no deliveries.
+            let _ = answers.unsubscribe().await;
+        }
+        Vec::new()
     }
 }
 
@@ -346,14 +453,8 @@ pub fn recovered(stored: Stored) -> Message {
         JobId::from_message_id,
     );
     if header(&headers, MOVED_ID).is_some() {
-        headers = headers
-            .iter()
-            .filter(|(name, _)| {
-                let name: &str = name.as_ref();
-                ![MOVED_ID, MOVED_AT, MOVED_FROM, MOVED_MSG_ID, NATS_MSG_ID].contains(&name)
-            })
-            .flat_map(|(name, values)| values.iter().map(|value| (name.clone(), value.clone())))
-            .collect();
+        let ours = [MOVED_ID, MOVED_AT, MOVED_FROM, MOVED_MSG_ID, NATS_MSG_ID];
+        headers = without(&headers, |name| ours.contains(&name));
         subject = from.unwrap_or(subject);
         if let Some(message_id) = message_id {
             headers.insert(NATS_MSG_ID, message_id);
@@ -382,54 +483,13 @@ pub fn recovered(stored: Stored) -> Message {
     }
 }
 
-fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
-    headers.get(name).map(|value| value.as_str())
-}
-
-#[async_trait]
-impl Source for JetStreamSource {
-    async fn ready(&mut self, _free: usize) {
-        while self.stash.is_empty() {
-            let Err(error) = self.step().await else { continue };
-            self.bound = None;
-            self.failures += 1;
-            // Once an episode, and again while it lasts.
-            if self.failures == 1 || self.failures.is_multiple_of(20) {
-                tracing::warn!(%error, "cannot take requests from JetStream; trying on");
-            }
-            tokio::time::sleep(TROUBLE.delay(self.failures)).await;
-        }
-    }
-
-    async fn next(&mut self) -> Delivery {
-        loop {
-            if let Some(delivery) = self.stash.pop_front() {
-                return delivery;
-            }
-            self.ready(1).await;
-        }
-    }
-
-    async fn rest(&mut self) {
-        self.collect();
-        for level in &mut self.levels {
-            level.pull = None;
-        }
-        self.sweep = None;
-        // What would not be delivered once more stays until there is a slot.
-        let (back, kept): (Vec<_>, _) =
-            self.stash.drain(..).partition(|delivery| delivery.settle.can_retry());
-        let kept: Vec<Delivery> = kept;
-        self.stash = kept.into();
-        let back = back.into_iter().map(|delivery| delivery.settle.retry(Duration::ZERO));
-        // A source that keeps its requests takes them back at any time.
-        let _: Vec<Result<(), Closed>> = future::join_all(back).await;
-    }
-
-    async fn close(&mut self) -> Vec<Message> {
-        self.rest().await;
-        Vec::new()
-    }
+/// The headers but for those whose names are not wanted.
+fn without(headers: &HeaderMap, unwanted: impl Fn(&str) -> bool) -> HeaderMap {
+    headers
+        .iter()
+        .filter(|(name, _)| !unwanted(AsRef::<str>::as_ref(name)))
+        .flat_map(|(name, values)| values.iter().map(|value| (name.clone(), value.clone())))
+        .collect()
 }
 
 /// Tells the server what becomes of one delivery.
@@ -521,7 +581,7 @@ impl Settle for Ack {
             // It runs where it is.
             return Err(self);
         }
-        let mut headers = message.headers.clone();
+        let mut headers = without(&message.headers, |name| name.starts_with("Nats-Expected-"));
         if let Some(message_id) = headers.get(NATS_MSG_ID).cloned() {
             headers.insert(MOVED_MSG_ID, message_id);
         }
@@ -540,7 +600,7 @@ impl Settle for Ack {
             publish.await?.await
         };
         match timeout(API_TIMEOUT, moved).await {
-            Ok(Ok(_)) => {
+            Ok(Ok(stored)) if !stored.duplicate => {
                 self.send(AckKind::Ack).await;
                 Ok(())
             }

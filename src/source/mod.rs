@@ -105,8 +105,11 @@ pub trait Source: Send {
     /// The next delivery. Cancel-safe. Waits for ever when there is none.
     async fn next(&mut self) -> Delivery;
 
-    /// There is no use for work now: what was fetched and not taken is left to others. Cancel-safe.
-    async fn rest(&mut self) {}
+    /// There is no use for work now: what was fetched and not taken is left to others, after a
+    /// moment. Never returns. Cancel-safe.
+    async fn rest(&mut self) {
+        std::future::pending().await
+    }
 
     /// Takes no more requests, and hands back those nobody has taken and nobody else will.
     async fn close(&mut self) -> Vec<Message>;
