@@ -1,7 +1,7 @@
 # `make` lists what there is. What they run is in scripts/, which says more.
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-long bench bench-long services services-stop image-check lint fmt deny ci clean
+.PHONY: help build demo test test-long soak bench bench-long services services-stop image-check lint fmt deny ci clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ test: ## Install and start what is missing, run every test, leave nothing behind
 
 test-long: ## The same, with the tests that take long
 	@scripts/test.sh --long
+
+soak: ## Hurt daemons, NATS and engine for an hour, and check that nothing accepted was lost
+	@scripts/test.sh --soak
 
 bench: ## Measure the daemon against `docker run` and the bare API
 	@scripts/with-engine.sh scripts/bench.sh

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every test, against a real engine, real NATS servers and a real registry; the tests start the latter two themselves.
-# `--long` adds the forms that take long. Further arguments go to the tests: scripts/test.sh admission
+# `--long` adds the forms that take long. `--soak` runs nothing but the fault suite, on the optimised daemon, for an
+# hour or for WORKER_SPAWNER_CHAOS_SECONDS. Further arguments go to the tests: scripts/test.sh admission
 
 set -euo pipefail
 # shellcheck source=scripts/services.sh
@@ -10,11 +11,22 @@ source "$(dirname "$0")/nats-current.sh"
 cd "$ROOT"
 
 LIMIT=40m
-if [[ ${1-} == --long ]]; then
+WHAT=(--workspace)
+case ${1-} in
+--long)
     shift
     export WORKER_SPAWNER_TEST_LONG=1
     LIMIT=6h
-fi
+    ;;
+--soak)
+    shift
+    export WORKER_SPAWNER_CHAOS_SECONDS="${WORKER_SPAWNER_CHAOS_SECONDS:-3600}"
+    # The quiet period at the end waits for no more than so long.
+    LIMIT=$((WORKER_SPAWNER_CHAOS_SECONDS + 1800))
+    WHAT=(--release --test integration)
+    set -- --nocapture chaos::whatever_fails "$@"
+    ;;
+esac
 
 # A test that hangs ends the run, and the clean-up below is done. Cargo is left out, so that it can say what happened.
 limit_each_program() {
@@ -77,8 +89,8 @@ list_leftovers >"$BEFORE"
 
 limit_each_program
 say "tests"
-cargo test --workspace --all-features --locked -- "$@"
-if [[ -x scripts/test-clients.sh ]]; then
+cargo test "${WHAT[@]}" --all-features --locked -- "$@"
+if [[ -x scripts/test-clients.sh && ${WHAT[0]} == --workspace ]]; then
     say "client examples"
     scripts/test-clients.sh
 fi

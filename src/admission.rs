@@ -34,17 +34,9 @@ impl Slots {
         }
     }
 
-    /// Waits until a slot is free, behind those who wait for one, and leaves it free. Returns how
-    /// many there are. Cancel-safe.
-    pub async fn free(&self) -> usize {
+    /// Waits until a slot is free, behind those who wait for one, and leaves it free. Cancel-safe.
+    pub async fn free(&self) {
         drop(self.take().await);
-        self.semaphore.available_permits().max(1)
-    }
-
-    /// Whether all slots are taken.
-    #[must_use]
-    pub fn is_full(&self) -> bool {
-        self.semaphore.available_permits() == 0
     }
 
     /// Waits for a slot no longer than `patience`.

@@ -153,6 +153,8 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
             topology,
             subjects: config.subjects.clone(),
             runner,
+            // What is in doubt is settled after one ACK_WAIT.
+            sweep_interval: config.streams.ack_wait.max(Duration::from_secs(5)),
         };
         spawn(Box::pin(undertaker.run()));
     }

@@ -4,7 +4,8 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_nats::Subscriber;
+use async_nats::{Subject, Subscriber};
+use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::task::TaskTracker;
@@ -63,13 +64,13 @@ impl Intake {
     pub async fn execute(self, mut source: Box<dyn Source>, mut engine: watch::Receiver<Health>) {
         loop {
             let taken = self.unless_draining(async {
-                let free = tokio::select! {
-                    biased;
-                    free = self.could_run(&mut engine) => free,
-                    () = source.rest() => return None,
-                };
                 tokio::select! {
-                    () = source.ready(free) => {}
+                    biased;
+                    () = self.could_run(&mut engine) => {}
+                    () = source.rest() => return None,
+                }
+                tokio::select! {
+                    () = source.ready() => {}
                     // Back to waiting: what is taken now would only fail.
                     () = down(&mut engine) => return None,
                 }
@@ -92,10 +93,10 @@ impl Intake {
         }
     }
 
-    /// Waits for a healthy engine and a free slot. Returns how many there are.
-    async fn could_run(&self, engine: &mut watch::Receiver<Health>) -> usize {
+    /// Waits for a healthy engine and a free slot.
+    async fn could_run(&self, engine: &mut watch::Receiver<Health>) {
         up(engine).await;
-        self.slots.free().await
+        self.slots.free().await;
     }
 
     /// Answers what found the buffer full.
@@ -177,48 +178,78 @@ impl Intake {
         }
     }
 
-    /// Follows what `cancel` asks for.
-    pub async fn cancel(self, requests: Subscriber) {
-        requests
-            .for_each_concurrent(CANCELLATIONS, |message| self.answer_cancellation(message))
-            .await;
+    /// Follows what `cancel` asks for. Every instance is asked; the one that runs the job answers first.
+    pub async fn cancel(self, mut requests: Subscriber) {
+        let elsewhere = Arc::new(Semaphore::new(CANCELLATIONS));
+        let others = TaskTracker::new();
+        while let Some(message) = requests.next().await {
+            // What runs here is stopped without waiting for anything.
+            let id = match cancel::decode(&message.payload) {
+                Ok(id) => id,
+                Err(error) => {
+                    self.answer_cancellation(message.reply, cancel::refusal(&error)).await;
+                    continue;
+                }
+            };
+            let recorded = self.runner.cancels().cancel(&id);
+            if recorded.is_some() {
+                tracing::info!(job = %id, "cancelling the job");
+                let answer = cancel::answer(&id, &Answer::Stopping);
+                self.answer_cancellation(message.reply.clone(), answer).await;
+            }
+            if recorded == Some(false) {
+                continue;
+            }
+            let Ok(place) = elsewhere.clone().try_acquire_owned() else {
+                let error = JobError::new(
+                    code::BUSY,
+                    "too many cancellations are under way; try again later",
+                );
+                self.answer_cancellation(message.reply, cancel::refusal(&error)).await;
+                continue;
+            };
+            let intake = self.clone();
+            others.spawn(async move {
+                intake.cancel_elsewhere(id, message.reply.filter(|_| recorded.is_none())).await;
+                drop(place);
+            });
+        }
     }
 
-    async fn answer_cancellation(&self, message: async_nats::Message) {
-        let reply = match cancel::decode(&message.payload) {
-            Err(error) => cancel::refusal(&error),
-            Ok(id) => cancel::answer(&id, &self.cancel_job(&id).await),
+    /// Sees to it that a job is cancelled that does not run here, or should this worker die now.
+    async fn cancel_elsewhere(&self, id: JobId, reply: Option<Subject>) {
+        let runs_here = reply.is_none();
+        if !runs_here {
+            // What waits in this instance's memory is known to nobody else.
+            self.runner.cancels().forbid(&id);
+            tokio::time::sleep(OWNER_FIRST).await;
+        }
+        let answer = match &self.records {
+            None => cancel::answer(&id, &Answer::WillNotStart),
+            Some(records) => {
+                let recorded = records.request_cancel(&id);
+                match tokio::time::timeout(CANCEL_PATIENCE, recorded).await {
+                    Ok(answer) => cancel::answer(&id, &answer),
+                    Err(_) => cancel::refusal(&JobError::new(
+                        code::JETSTREAM_UNAVAILABLE,
+                        "JetStream did not take the cancellation in time; try again later",
+                    )),
+                }
+            }
         };
-        let Some(to) = message.reply else { return };
+        self.answer_cancellation(reply, answer).await;
+    }
+
+    async fn answer_cancellation(&self, to: Option<Subject>, answer: Bytes) {
+        let Some(to) = to else { return };
         // The daemon may publish where those who cancel may not.
         if let Err(why) = self.subjects.check_reply(&to) {
             tracing::warn!(reply = ?to, %why, "no answer is sent there");
             return;
         }
-        if let Err(error) = self.connection.client.publish(to, reply).await {
+        if let Err(error) = self.connection.client.publish(to, answer).await {
             tracing::warn!(%error, "could not answer a cancellation");
         }
-    }
-
-    /// Cancels a job, wherever it is. Every instance is asked; the one that runs it answers first.
-    async fn cancel_job(&self, id: &JobId) -> Answer {
-        let cancels = self.runner.cancels();
-        if let Some(recorded) = cancels.cancel(id) {
-            tracing::info!(job = %id, "cancelling the job");
-            if let Some(records) = self.records.as_ref().filter(|_| recorded) {
-                // Should this worker die now, the next one knows.
-                let recorded = records.request_cancel(id);
-                let _ = tokio::time::timeout(CANCEL_PATIENCE, recorded).await;
-            }
-            return Answer::Stopping;
-        }
-        // What waits in this instance's memory is known to nobody else.
-        cancels.forbid(id);
-        tokio::time::sleep(OWNER_FIRST).await;
-        if let Some(records) = &self.records {
-            return records.request_cancel(id).await;
-        }
-        Answer::WillNotStart
     }
 }
 

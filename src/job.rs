@@ -295,6 +295,8 @@ pub mod code {
     pub const JOB_STOPPED: &str = "job.stopped";
     /// The worker shut down before the job began.
     pub const SHUTTING_DOWN: &str = "worker.shutting_down";
+    /// JetStream does not answer just now.
+    pub const JETSTREAM_UNAVAILABLE: &str = "jetstream.unavailable";
     /// JetStream's object store cannot be read just now.
     pub const OBJECT_STORE: &str = "object_store.unavailable";
     /// No slot came free in time.

@@ -88,6 +88,11 @@ impl Objects {
             Failure::Transient(JobError::new(code::OBJECT_STORE, message))
         };
         let fetch = async {
+            // The daemon may read buckets that whoever wrote the link may not.
+            let info = self.store.info(name).await.ok();
+            if info.and_then(|info| info.options).is_some_and(|options| options.link.is_some()) {
+                return Err(rejected(format!("{name:?} is a link to another object")));
+            }
             let object = self.store.get(name).await.map_err(|e| match e.kind() {
                 GetErrorKind::NotFound => {
                     rejected(format!("bucket {} has no object {name:?}", self.bucket))

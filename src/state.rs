@@ -15,9 +15,9 @@ use tokio::time::timeout;
 use crate::job::JobId;
 use crate::nats::Connection;
 use crate::protocol::cancel::Answer;
-use crate::protocol::headers::NATS_MSG_ID;
 use crate::protocol::record::{Record, State};
 use crate::retry::Backoff;
+use crate::source::jetstream::{Stored, recovered};
 use crate::topology::{API_TIMEOUT, SetupError, Topology};
 
 /// Delays between tries to reach the bucket.
@@ -85,7 +85,7 @@ pub struct Claim {
 }
 
 /// What is stored under a key.
-struct Stored {
+struct Kept {
     /// Nothing where it was deleted, or cannot be read.
     record: Option<Record>,
     revision: u64,
@@ -116,7 +116,7 @@ impl Records {
     pub async fn open(&self, opening: &Opening) -> Opened {
         let claim = format!("{}.{}", self.inner.worker, uuid::Uuid::now_v7().simple());
         // Most jobs have no record yet: the first try is to make it.
-        let mut stored = Stored { record: None, revision: 0 };
+        let mut stored = Kept { record: None, revision: 0 };
         let mut failures = 0;
         loop {
             let record = match &stored.record {
@@ -228,6 +228,7 @@ impl Records {
         Record {
             image: opening.image.clone(),
             attempt: before.map_or(0, |before| before.attempt) + 1,
+            handed_over: before.map_or(0, |before| before.handed_over),
             worker: Some(self.inner.worker.clone()),
             queued_at: Some(queued_at),
             running_at: Some(now),
@@ -259,24 +260,23 @@ impl Records {
             id: Option<String>,
         }
         let named: Option<Named> = serde_json::from_slice(&message.payload).ok();
-        let outer = message.headers.get(NATS_MSG_ID).map(|id| JobId::from_message_id(id.as_str()));
         Ok(match named.and_then(|named| named.id) {
             Some(id) => id == opening.id.as_str(),
-            None => outer.as_ref() == Some(&opening.id),
+            None => recovered(Stored::of(message)).id == opening.id,
         })
     }
 
-    async fn read(&self, id: &JobId) -> Result<Stored, ()> {
+    async fn read(&self, id: &JobId) -> Result<Kept, ()> {
         let entry = timeout(API_TIMEOUT, self.inner.bucket.entry(id.as_str())).await;
         let Ok(Ok(entry)) = entry else { return Err(()) };
-        let Some(entry) = entry else { return Ok(Stored { record: None, revision: 0 }) };
+        let Some(entry) = entry else { return Ok(Kept { record: None, revision: 0 }) };
         let record = match entry.operation {
             Operation::Put => Record::decode(&entry.value)
                 .inspect_err(|error| tracing::warn!(job = %id, %error, "its record is overwritten"))
                 .ok(),
             Operation::Delete | Operation::Purge => None,
         };
-        Ok(Stored { record, revision: entry.revision })
+        Ok(Kept { record, revision: entry.revision })
     }
 
     async fn write(&self, record: &Record, revision: u64) -> Result<u64, Refused> {
@@ -301,10 +301,13 @@ impl Records {
         inner.connection.connected().await;
         if failures > 1 {
             let mended = inner.topology.mend(&inner.jetstream).await;
-            if let Err(error) = mended
-                && failures.is_multiple_of(10)
-            {
-                tracing::warn!(%error, "job records cannot be written; trying on");
+            if failures % 20 == 3 {
+                let error = mended.err().map(tracing::field::display);
+                tracing::warn!(
+                    error,
+                    bucket = inner.topology.names.jobs,
+                    "a job's record cannot be read or written; trying on"
+                );
             }
         }
     }
@@ -412,7 +415,7 @@ impl Claim {
     }
 
     /// Takes over what others may change in a record; the rest is this worker's own.
-    fn adopt(&mut self, stored: Stored) -> Result<(), Fenced> {
+    fn adopt(&mut self, stored: Kept) -> Result<(), Fenced> {
         if let Some(record) = &stored.record {
             if record.claim != self.record.claim {
                 return Err(Fenced);

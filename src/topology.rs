@@ -140,17 +140,25 @@ const DEAD_LETTERS_FIELDS: &[Field] = &[
     STORAGE,
     REPLICAS,
     WINDOW,
+    DISCARD,
     field("max_age", "DEAD_LETTERS_MAX_AGE", "--max-age"),
+    field("max_bytes", "DEAD_LETTERS_MAX_BYTES", "--max-bytes"),
 ];
 const ADVISORIES_FIELDS: &[Field] = &[SUBJECTS, RETENTION, STORAGE, REPLICAS];
 const JOBS_FIELDS: &[Field] = &[
     STORAGE,
     REPLICAS,
+    DISCARD,
     field("max_age", "RECORD_TTL", "--max-age"),
+    field("max_bytes", "RECORDS_MAX_BYTES", "--max-bytes"),
     field("max_msgs_per_subject", "", "--max-msgs-per-subject"),
 ];
-const OBJECTS_FIELDS: &[Field] =
-    &[STORAGE, REPLICAS, field("max_age", "RESULTS_MAX_AGE", "--max-age")];
+const OBJECTS_FIELDS: &[Field] = &[
+    STORAGE,
+    REPLICAS,
+    field("max_age", "RESULTS_MAX_AGE", "--max-age"),
+    field("max_bytes", "OBJECTS_MAX_BYTES", "--max-bytes"),
+];
 
 /// Why JetStream cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -211,6 +219,7 @@ impl Topology {
         let dead_letters = stream::Config {
             subjects: vec![subjects.dead_letters.clone()],
             max_age: settings.dead_letters_max_age,
+            max_bytes: bytes(settings.dead_letters_max_bytes),
             duplicate_window: settings.duplicate_window,
             allow_direct: true,
             ..base(&names.dead_letters, "what could not be run")
@@ -225,8 +234,11 @@ impl Topology {
             subjects: vec![format!("$KV.{}.>", names.jobs)],
             max_messages_per_subject: 1,
             max_age: settings.record_ttl,
+            max_bytes: bytes(settings.records_max_bytes),
             duplicate_window: settings.record_ttl.min(Duration::from_secs(120)),
-            discard: DiscardPolicy::New,
+            // Client libraries make theirs refuse what is new. Here that would stop all jobs for the
+            // sake of those that ended long ago.
+            discard: DiscardPolicy::Old,
             allow_rollup: true,
             deny_delete: true,
             allow_direct: true,
@@ -238,6 +250,7 @@ impl Topology {
                 format!("$O.{}.M.>", names.objects),
             ],
             max_age: settings.results_max_age,
+            max_bytes: bytes(settings.objects_max_bytes),
             duplicate_window: settings.results_max_age.min(Duration::from_secs(120)),
             discard: DiscardPolicy::New,
             allow_rollup: true,
@@ -287,6 +300,9 @@ impl Topology {
         if mended.is_some_and(|at| at.elapsed() < MEND_INTERVAL) {
             return Ok(());
         }
+        // A server may still be at it when it says that a stream is gone: what is made in that moment
+        // under the same name goes with the rest.
+        tokio::time::sleep(DELETION).await;
         let result = self.ensure(jetstream).await;
         *mended = Some(Instant::now());
         result
@@ -317,6 +333,9 @@ impl Topology {
 
 /// How often what is missing is made again at most: many may find out at once.
 const MEND_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How long a server may take to delete a stream.
+const DELETION: Duration = Duration::from_millis(500);
 
 /// Whether the account has JetStream.
 async fn account(jetstream: &Context) -> Result<(), SetupError> {
@@ -584,7 +603,10 @@ mod tests {
             results_max_age: Duration::from_secs(3600),
             results_max_bytes: 1 << 20,
             dead_letters_max_age: Duration::from_secs(3600),
+            dead_letters_max_bytes: 1 << 20,
             record_ttl: Duration::from_secs(3600),
+            records_max_bytes: 1 << 20,
+            objects_max_bytes: 1 << 20,
         };
         Topology::new(&Subjects::new(prefix), "my.group", &settings, 5, true)
     }

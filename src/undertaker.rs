@@ -5,7 +5,7 @@
 //! since a server that dies at the wrong moment says nothing, the queue is looked through as well.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_nats::jetstream::consumer::{Consumer, pull};
 use async_nats::jetstream::stream::{DirectGetErrorKind, RawMessageErrorKind, Stream};
@@ -16,14 +16,13 @@ use serde::Deserialize;
 use crate::job::Priority;
 use crate::nats::Connection;
 use crate::protocol::Subjects;
+use crate::protocol::time::parse_rfc3339;
 use crate::runner::Runner;
 use crate::source::jetstream::{Stored, recovered};
 use crate::topology::Topology;
 
 /// How long the server keeps a request for advisories.
 const PULL_EXPIRES: Duration = Duration::from_secs(10);
-/// How often the queue is looked through.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
 /// How long to wait after trouble with JetStream.
 const TROUBLE: Duration = Duration::from_secs(2);
 
@@ -39,6 +38,8 @@ pub struct Undertaker {
     pub subjects: Subjects,
     /// Who publishes their end.
     pub runner: Arc<Runner>,
+    /// How often the queue is looked through.
+    pub sweep_interval: Duration,
 }
 
 /// What the server says of a message it no longer delivers.
@@ -46,6 +47,13 @@ pub struct Undertaker {
 struct Advisory {
     stream_seq: u64,
     deliveries: u32,
+    timestamp: String,
+}
+
+impl Advisory {
+    fn at(&self) -> SystemTime {
+        parse_rfc3339(&self.timestamp).unwrap_or_else(SystemTime::now)
+    }
 }
 
 type Trouble = async_nats::Error;
@@ -54,13 +62,15 @@ impl Undertaker {
     /// Works until it is dropped.
     pub async fn run(self) {
         // The first look is not at once: what a crash left in doubt is settled by then.
-        let mut next_sweep = tokio::time::Instant::now() + SWEEP_INTERVAL;
+        let mut next_sweep = tokio::time::Instant::now() + self.sweep_interval;
         let mut suspects = Vec::new();
         loop {
             self.connection.connected().await;
             if let Err(error) = self.follow(&mut next_sweep, &mut suspects).await {
                 tracing::debug!(%error, "cannot look after what was delivered for the last time");
                 tokio::time::sleep(TROUBLE).await;
+                // What cannot be mended is told by those who take requests.
+                let _ = self.topology.mend(&self.jetstream).await;
             }
         }
     }
@@ -81,9 +91,7 @@ impl Undertaker {
             while let Some(message) = batch.next().await {
                 let message = message?;
                 let done = match serde_json::from_slice::<Advisory>(&message.payload) {
-                    Ok(advisory) => {
-                        self.bury(&queue, advisory.stream_seq, Some(advisory.deliveries)).await?
-                    }
+                    Ok(advisory) => self.bury(&queue, advisory.stream_seq, Some(&advisory)).await?,
                     Err(error) => {
                         tracing::warn!(%error, "an advisory that is none");
                         true
@@ -96,7 +104,7 @@ impl Undertaker {
                 }
             }
             if *next_sweep <= tokio::time::Instant::now() {
-                *next_sweep = tokio::time::Instant::now() + SWEEP_INTERVAL;
+                *next_sweep = tokio::time::Instant::now() + self.sweep_interval;
                 self.sweep(&queue, suspects).await?;
             }
         }
@@ -143,7 +151,7 @@ impl Undertaker {
         &self,
         queue: &Stream,
         sequence: u64,
-        deliveries: Option<u32>,
+        advisory: Option<&Advisory>,
     ) -> Result<bool, Trouble> {
         let message = match queue.get_raw_message(sequence).await {
             Ok(message) => message,
@@ -155,16 +163,13 @@ impl Undertaker {
                 };
             }
         };
-        let created = queue.cached_info().created.unix_timestamp_nanos();
-        let message = recovered(Stored {
-            subject: message.subject.to_string(),
-            headers: message.headers,
-            payload: message.payload,
-            sequence,
-            stored_at: message.time.into(),
-            created,
-            deliveries: deliveries.unwrap_or(0),
-        });
+        let stored = Stored::of(message);
+        // A queue that was made anew may hold another request in the place the advisory speaks of.
+        if advisory.is_some_and(|advisory| stored.stored_at > advisory.at()) {
+            return Ok(true);
+        }
+        let deliveries = advisory.map_or(0, |advisory| advisory.deliveries);
+        let message = recovered(Stored { deliveries, ..stored });
         if !self.runner.give_up(message).await {
             return Ok(false);
         }

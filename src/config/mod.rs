@@ -151,8 +151,14 @@ pub struct Streams {
     pub results_max_bytes: u64,
     /// `DEAD_LETTERS_MAX_AGE`.
     pub dead_letters_max_age: Duration,
+    /// `DEAD_LETTERS_MAX_BYTES`.
+    pub dead_letters_max_bytes: u64,
     /// `RECORD_TTL`.
     pub record_ttl: Duration,
+    /// `RECORDS_MAX_BYTES`.
+    pub records_max_bytes: u64,
+    /// `OBJECTS_MAX_BYTES`.
+    pub objects_max_bytes: u64,
 }
 
 /// The shape of the log.
@@ -269,7 +275,10 @@ struct Raw {
     results_max_age: Option<String>,
     results_max_bytes: Option<String>,
     dead_letters_max_age: Option<String>,
+    dead_letters_max_bytes: Option<String>,
     record_ttl: Option<String>,
+    records_max_bytes: Option<String>,
+    objects_max_bytes: Option<String>,
     buffer_messages: Option<String>,
     buffer_bytes: Option<String>,
     run_slot_timeout: Option<String>,
@@ -426,7 +435,14 @@ impl Config {
             results_max_bytes: p.size("RESULTS_MAX_BYTES", raw.results_max_bytes, 64 << 10),
             dead_letters_max_age: p
                 .nonzero_duration("DEAD_LETTERS_MAX_AGE", raw.dead_letters_max_age),
+            dead_letters_max_bytes: p.size(
+                "DEAD_LETTERS_MAX_BYTES",
+                raw.dead_letters_max_bytes,
+                64 << 10,
+            ),
             record_ttl: p.nonzero_duration("RECORD_TTL", raw.record_ttl),
+            records_max_bytes: p.size("RECORDS_MAX_BYTES", raw.records_max_bytes, 64 << 10),
+            objects_max_bytes: p.size("OBJECTS_MAX_BYTES", raw.objects_max_bytes, 64 << 10),
         };
         // A record is what keeps a cancelled job from starting, and an ended one from running again.
         if streams.record_ttl < streams.queue_max_age {

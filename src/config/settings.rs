@@ -53,7 +53,18 @@ pub const SETTINGS: &[Setting] = &[
     s("RESULTS_MAX_AGE", "7d", "How long results, and big outputs, are kept"),
     s("RESULTS_MAX_BYTES", "1GiB", "Bytes of results that are kept; the oldest go first"),
     s("DEAD_LETTERS_MAX_AGE", "30d", "How long dead letters are kept"),
+    s(
+        "DEAD_LETTERS_MAX_BYTES",
+        "256MiB",
+        "Bytes of dead letters that are kept; the oldest go first",
+    ),
     s("RECORD_TTL", "7d", "How long a job's record is kept, and its id recognised"),
+    s("RECORDS_MAX_BYTES", "1GiB", "Bytes of job records that are kept; the oldest go first"),
+    s(
+        "OBJECTS_MAX_BYTES",
+        "1GiB",
+        "Bytes of big inputs and outputs that are kept; when it is full, outputs are cut",
+    ),
     s("BUFFER_MESSAGES", "65536", "Requests that may wait in memory for a slot"),
     s("BUFFER_BYTES", "64MiB", "Bytes of requests that may wait in memory for a slot"),
     s(

@@ -6,6 +6,9 @@ use serde_json::{Value, json};
 use super::request::{Object, kind, parse, quote};
 use crate::job::{InvalidJobId, JobError, JobId, code};
 
+/// The longest request: an id with room to spare.
+const MAX_REQUEST: usize = 1024;
+
 /// What becomes of a job that is to be cancelled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
@@ -22,6 +25,10 @@ pub enum Answer {
 /// # Errors
 /// Says what is wrong with the request.
 pub fn decode(payload: &[u8]) -> Result<JobId, JobError> {
+    if payload.len() > MAX_REQUEST {
+        let message = format!("id: must be at most {MAX_REQUEST} bytes with all that is around it");
+        return Err(JobError::new(code::INVALID_FIELD, message));
+    }
     // What a shell puts behind an id is no part of it.
     let payload = payload.trim_ascii_end();
     let wrong = |why: String| JobError::new(code::INVALID_FIELD, format!("id: {why}"));

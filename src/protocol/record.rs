@@ -15,7 +15,7 @@ use crate::job::{JobError, JobId, PullProgress, Status};
 pub const ENDED_OVERHEAD: usize = 1024;
 
 /// The fields an outcome does not have. All others of a record that ended are its outcome's.
-const OWN_FIELDS: [&str; 11] = [
+const OWN_FIELDS: [&str; 12] = [
     "state",
     "pulling_at",
     "running_at",
@@ -27,6 +27,7 @@ const OWN_FIELDS: [&str; 11] = [
     "claim",
     "delivery",
     "interleaving",
+    "handed_over",
 ];
 
 /// Where a job is.
@@ -94,6 +95,10 @@ pub struct Record {
     /// is right. When the consumer was made, in microseconds since 1970, and the consumer's count.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub delivery: Option<(u64, u64)>,
+    /// How many of the attempts ended because their worker was told to stop: they do not count towards
+    /// the most there may be.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub handed_over: u32,
     /// The order of the two output streams, as [`crate::capture::Captured::order`] has it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub interleaving: Vec<u32>,
@@ -127,6 +132,7 @@ impl Record {
             sequence: None,
             claim: None,
             delivery: None,
+            handed_over: 0,
             interleaving: Vec::new(),
             outcome: None,
         }

@@ -1,5 +1,6 @@
 //! A job's record and events while one worker has the job.
 
+use std::convert::Infallible;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
@@ -79,7 +80,7 @@ impl Ticket {
         mut progress: watch::Receiver<Option<PullProgress>>,
         orders: &Orders,
         look_interval: Duration,
-    ) {
+    ) -> Infallible {
         // Beside the start, not before it.
         publisher.event(self.record()).await;
         let mut pulling_since = None;

@@ -70,7 +70,7 @@ impl CoreSource {
 
 #[async_trait]
 impl Source for CoreSource {
-    async fn ready(&mut self, _free: usize) {
+    async fn ready(&mut self) {
         self.buffer.ready().await;
     }
 

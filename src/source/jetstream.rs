@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use async_nats::jetstream::consumer::{Consumer, pull};
+use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::{self, AckKind, Context};
 use async_nats::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode, Subject, Subscriber};
 use async_trait::async_trait;
@@ -74,8 +75,9 @@ pub struct JetStreamSource {
     levels: Vec<Level>,
     /// Where the answers to all pulls arrive, and the subject's beginning.
     answers: Option<(Subscriber, String)>,
-    /// Nothing before the consumers were looked up, and after trouble.
-    bound: Option<Bound>,
+    /// On which connection the consumers were looked up: what waited at the server is gone with it.
+    /// Nothing before that, and after trouble.
+    bound: Option<u64>,
     pulls: u64,
     picks: u32,
     /// Fetched and not yet taken, in the order they came.
@@ -97,15 +99,6 @@ struct Pull {
     waits: bool,
     /// When an answer is overdue.
     overdue: tokio::time::Instant,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Bound {
-    /// Of which connection: what waited at the server is gone with it.
-    epoch: u64,
-    /// When the stream was made, in nanoseconds since 1970: part of the ids of requests without
-    /// one, so that a stream that is made anew does not repeat them.
-    created: i128,
 }
 
 /// What a server is asked with a pull: `$JS.API.CONSUMER.MSG.NEXT` of the JetStream wire API (ADR-13).
@@ -149,11 +142,11 @@ impl JetStreamSource {
 
     /// Finds the consumers, again after each new connection. Where something is missing it is made
     /// again.
-    async fn bind(&mut self) -> Result<Bound, SetupError> {
+    async fn bind(&mut self) -> Result<u64, SetupError> {
         self.connection.connected().await;
         let epoch = self.connection.epoch();
-        if let Some(bound) = self.bound.filter(|bound| bound.epoch == epoch) {
-            return Ok(bound);
+        if self.bound == Some(epoch) {
+            return Ok(epoch);
         }
         for level in &mut self.levels {
             level.pull = None;
@@ -164,24 +157,21 @@ impl JetStreamSource {
             let answers = self.connection.client.subscribe(format!("{inbox}.*")).await;
             self.answers = Some((answers.map_err(|e| unavailable(&e))?, inbox));
         }
-        let created = match self.lookup().await {
-            Ok(created) => created,
-            Err(_) => {
-                self.topology.mend(&self.jetstream).await?;
-                self.lookup().await.map_err(|e| unavailable(&e))?
-            }
-        };
-        Ok(*self.bound.insert(Bound { epoch, created }))
+        if self.lookup().await.is_err() {
+            self.topology.mend(&self.jetstream).await?;
+            self.lookup().await.map_err(|e| unavailable(&e))?;
+        }
+        Ok(*self.bound.insert(epoch))
     }
 
-    async fn lookup(&mut self) -> Result<i128, async_nats::Error> {
+    async fn lookup(&mut self) -> Result<(), async_nats::Error> {
         let names = &self.topology.names;
         let stream = self.jetstream.get_stream(&names.queue).await?;
         for level in &mut self.levels {
             let name = names.consumer(level.priority);
             level.consumer = Some(stream.get_consumer(&name).await?);
         }
-        Ok(stream.cached_info().created.unix_timestamp_nanos())
+        Ok(())
     }
 
     /// Asks level `at` for one request: now or never, or whenever one comes.
@@ -269,7 +259,6 @@ impl JetStreamSource {
             payload: message.payload,
             sequence,
             stored_at: published.into(),
-            created: self.bound.map_or(0, |bound| bound.created),
             deliveries,
         });
         message.delivery = Some((u64::try_from(made).unwrap_or(0), count));
@@ -304,7 +293,7 @@ impl JetStreamSource {
 
     /// One step towards a delivery: ask, or wait for an answer. Cancel-safe.
     async fn step(&mut self) -> Result<(), SetupError> {
-        let Bound { epoch, .. } = self.bind().await?;
+        let epoch = self.bind().await?;
         // A queue with a pull that waits is empty: it would have answered. Of the others, the first
         // is asked, and the rest only when it has nothing.
         if !self.levels.iter().any(|level| level.pull.is_some_and(|pull| !pull.waits)) {
@@ -364,13 +353,13 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 
 #[async_trait]
 impl Source for JetStreamSource {
-    async fn ready(&mut self, _free: usize) {
+    async fn ready(&mut self) {
         while self.stash.is_empty() {
             let Err(error) = self.step().await else { continue };
             self.bound = None;
             self.failures += 1;
             // Once an episode, and again while it lasts.
-            if self.failures == 1 || self.failures.is_multiple_of(20) {
+            if self.failures == 1 || self.failures.is_multiple_of(10) {
                 tracing::warn!(%error, "cannot take requests from JetStream; trying on");
             }
             tokio::time::sleep(TROUBLE.delay(self.failures)).await;
@@ -382,7 +371,7 @@ impl Source for JetStreamSource {
             if let Some((_, delivery)) = self.stash.pop_front() {
                 return delivery;
             }
-            self.ready(1).await;
+            self.ready().await;
         }
     }
 
@@ -431,17 +420,29 @@ pub struct Stored {
     pub sequence: u64,
     /// When it was stored.
     pub stored_at: SystemTime,
-    /// When the stream was made, in nanoseconds since 1970.
-    pub created: i128,
     /// How often it was delivered.
     pub deliveries: u32,
+}
+
+impl Stored {
+    /// A message that was read from the stream instead of being delivered.
+    #[must_use]
+    pub fn of(message: StreamMessage) -> Self {
+        Self {
+            subject: message.subject.to_string(),
+            headers: message.headers,
+            payload: message.payload,
+            sequence: message.sequence,
+            stored_at: message.time.into(),
+            deliveries: 0,
+        }
+    }
 }
 
 /// A request from the stream as one of ours. The same from wherever it is read.
 #[must_use]
 pub fn recovered(stored: Stored) -> Message {
-    let Stored { mut subject, mut headers, payload, sequence, stored_at, created, deliveries } =
-        stored;
+    let Stored { mut subject, mut headers, payload, sequence, stored_at, deliveries } = stored;
     let from = header(&headers, MOVED_FROM).map(str::to_owned);
     let message_id = header(&headers, MOVED_MSG_ID).map(str::to_owned);
     let moved_at = header(&headers, MOVED_AT).and_then(|ms| ms.parse().ok());
@@ -449,7 +450,8 @@ pub fn recovered(stored: Stored) -> Message {
         .and_then(|ms| SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ms)))
         .unwrap_or(stored_at);
     let id = header(&headers, MOVED_ID).or_else(|| header(&headers, NATS_MSG_ID)).map_or_else(
-        || JobId::from_message_id(&format!("{created:x}-{sequence}")),
+        // The same wherever it is read, and another one in a stream that was made anew.
+        || JobId::from_message_id(&format!("{:x}-{sequence}", nanos(stored_at))),
         JobId::from_message_id,
     );
     if header(&headers, MOVED_ID).is_some() {
@@ -481,6 +483,11 @@ pub fn recovered(stored: Stored) -> Message {
         delivery: None,
         priority: None,
     }
+}
+
+/// Nanoseconds since 1970.
+fn nanos(time: SystemTime) -> u128 {
+    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos()
 }
 
 /// The headers but for those whose names are not wanted.

@@ -99,8 +99,8 @@ pub trait Settle: Send {
 #[async_trait]
 pub trait Source: Send {
     /// Waits until there is a delivery, without taking it: who waits for work holds no slot that
-    /// others could use. There are `free` slots, one at least. Cancel-safe.
-    async fn ready(&mut self, free: usize);
+    /// others could use. There is a free one now. Cancel-safe.
+    async fn ready(&mut self);
 
     /// The next delivery. Cancel-safe. Waits for ever when there is none.
     async fn next(&mut self) -> Delivery;

@@ -8,17 +8,21 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod support;
-
+mod cancel;
+mod chaos;
 mod commands;
 mod confinement;
 mod connections;
+mod durability;
 mod faults;
 mod images;
+mod jetstream;
 mod lifecycle;
 mod limits;
 mod load;
 mod outputs;
+mod records;
 mod requests;
 mod servers;
 mod settings;
+mod support;

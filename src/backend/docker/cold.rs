@@ -91,6 +91,7 @@ impl Run for ColdRun {
         let pulled = Instant::now();
         self.container.create(&self.job, &image).await?;
         let created = Instant::now();
+        crate::failpoint!("container.created");
         let attached = self.container.start(&self.job).await?;
         self.output = Some(attached.output);
         self.exit = Some(self.container.exit_code());

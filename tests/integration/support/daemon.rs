@@ -130,6 +130,11 @@ impl Daemon {
         status
     }
 
+    /// How it ended, if it has.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
     /// Ends it as a crash would, and waits until it is gone.
     pub(crate) async fn crash(&mut self) {
         self.signal(Signal::KILL);

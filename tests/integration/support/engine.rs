@@ -75,15 +75,20 @@ impl Engine {
     }
 
     async fn running_now(&self, id: &str) -> Option<String> {
-        for container in self.containers_of(id).await {
-            let container = container.id?;
+        self.running_all(id).await.into_iter().next()
+    }
+
+    /// The containers of the job `id` that run.
+    pub(crate) async fn running_all(&self, id: &str) -> Vec<String> {
+        let mut running = Vec::new();
+        for container in self.containers_of(id).await.into_iter().filter_map(|found| found.id) {
             let inspected = self.docker.inspect_container(&container, None).await;
             let state = inspected.ok().and_then(|inspected| inspected.state);
             if state.and_then(|state| state.running) == Some(true) {
-                return Some(container);
+                running.push(container);
             }
         }
-        None
+        running
     }
 
     /// Waits until nothing is left of the job `id`.
@@ -96,22 +101,31 @@ impl Engine {
 
     /// Runs a command inside a running container, and returns what it printed.
     pub(crate) async fn exec(&self, container: &str, command: &[&str]) -> String {
+        self.try_exec(container, command).await.unwrap()
+    }
+
+    /// As [`exec`](Self::exec), in a container that may have ended.
+    pub(crate) async fn try_exec(
+        &self,
+        container: &str,
+        command: &[&str],
+    ) -> Result<String, bollard::errors::Error> {
         let config = ExecConfig {
             cmd: Some(command.iter().map(ToString::to_string).collect()),
             attach_stdout: Some(true),
             attach_stderr: Some(true),
             ..Default::default()
         };
-        let exec = self.docker.create_exec(container, config).await.unwrap();
-        let started = self.docker.start_exec(&exec.id, None::<StartExecOptions>).await.unwrap();
+        let exec = self.docker.create_exec(container, config).await?;
+        let started = self.docker.start_exec(&exec.id, None::<StartExecOptions>).await?;
         let StartExecResults::Attached { mut output, .. } = started else {
             panic!("exec did not attach")
         };
         let mut printed = String::new();
         while let Some(chunk) = output.next().await {
-            printed.push_str(&chunk.unwrap().to_string());
+            printed.push_str(&chunk?.to_string());
         }
-        printed
+        Ok(printed)
     }
 
     pub(crate) fn docker(&self) -> &Docker {
@@ -377,6 +391,24 @@ impl PrivateEngine {
         let docker =
             Docker::connect_with_unix(&self.host(), 60, bollard::API_DEFAULT_VERSION).unwrap();
         Engine { docker: docker.negotiate_version().await.unwrap(), host: Some(self.host()) }
+    }
+
+    /// What runs in or beside a container of this engine's, by name and number.
+    pub(crate) fn processes(&self) -> Vec<String> {
+        let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+        let own = namespace(&self.init.to_string());
+        let numbers = std::fs::read_dir("/proc").unwrap().flatten();
+        numbers
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
+            .filter_map(|pid| {
+                let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}"));
+                let (name, cgroup) = (read("comm").ok()?, read("cgroup").ok()?);
+                let beside = name.starts_with("containerd-shim") && namespace(&pid) == own;
+                let within = cgroup.contains(&self.cgroup);
+                (beside || within).then(|| format!("process {pid}: {}", name.trim()))
+            })
+            .collect()
     }
 
     fn path(&self, name: &str) -> PathBuf {

@@ -24,7 +24,7 @@ pub(crate) const JOBS: &str = "functions_jobs";
 pub(crate) const OBJECTS: &str = "functions_objects";
 
 /// The fields of a record that are not the outcome's.
-const OF_RECORDS_ONLY: [&str; 9] = [
+const OF_RECORDS_ONLY: [&str; 11] = [
     "state",
     "pulling_at",
     "running_at",
@@ -34,6 +34,8 @@ const OF_RECORDS_ONLY: [&str; 9] = [
     "pull",
     "sequence",
     "claim",
+    "delivery",
+    "interleaving",
 ];
 
 /// The streams and the buckets. What waits bears with a server that is away; what does not wait

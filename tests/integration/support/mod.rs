@@ -7,6 +7,7 @@
 
 pub(crate) mod daemon;
 pub(crate) mod engine;
+pub(crate) mod fleet;
 pub(crate) mod images;
 pub(crate) mod jetstream;
 pub(crate) mod nats;
@@ -14,6 +15,8 @@ pub(crate) mod process;
 pub(crate) mod proxy;
 pub(crate) mod registry;
 pub(crate) mod results;
+pub(crate) mod runs;
+pub(crate) mod streams;
 pub(crate) mod tar;
 pub(crate) mod wait;
 pub(crate) mod world;

@@ -25,6 +25,8 @@ pub(crate) enum Auth {
     Token,
     Nkey,
     Credentials,
+    /// The daemon's user may do everything but ask JetStream for anything; the test's may.
+    NoStreams,
 }
 
 /// Which program: servers keep streams differently from version to version.
@@ -250,7 +252,7 @@ impl NatsServer {
         let mut settings = vec![("NATS_URL", self.url())];
         match self.options.auth {
             Auth::Open => {}
-            Auth::UserPassword => {
+            Auth::UserPassword | Auth::NoStreams => {
                 settings.push(("NATS_USER", "worker".into()));
                 settings.push(("NATS_PASSWORD", PASSWORD.into()));
             }
@@ -288,6 +290,9 @@ impl NatsServer {
             Auth::Open => {}
             Auth::UserPassword => {
                 options = options.user_and_password("worker".into(), PASSWORD.into())
+            }
+            Auth::NoStreams => {
+                options = options.user_and_password("observer".into(), PASSWORD.into())
             }
             Auth::Token => options = options.token(TOKEN.into()),
             Auth::Nkey => {
@@ -370,6 +375,13 @@ impl NatsServer {
             Auth::UserPassword => {
                 config.push_str(&format!(
                     "authorization {{ user: worker, password: \"{PASSWORD}\" }}\n"
+                ));
+            }
+            Auth::NoStreams => {
+                config.push_str(&format!(
+                    "authorization {{ users: [ {{ user: observer, password: \"{PASSWORD}\" }}, \
+                     {{ user: worker, password: \"{PASSWORD}\", \
+                     permissions: {{ publish: {{ deny: [\"$JS.API.>\"] }} }} }} ] }}\n"
                 ));
             }
             Auth::Token => config.push_str(&format!("authorization {{ token: \"{TOKEN}\" }}\n")),
