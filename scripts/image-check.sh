@@ -131,6 +131,11 @@ ours() {
     docker network ls --format 'network {{.Name}}' --filter "name=$PREFIX"
 }
 
+# kept_messages COUNT: the streams hold as many messages.
+kept_messages() {
+    [[ $(compose exec -T nats wget -q -O - http://127.0.0.1:8222/jsz) == *"\"messages\": $1,"* ]]
+}
+
 free_port() {
     python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
@@ -173,7 +178,14 @@ export DOCKER_GID NATS_PORT
 at_exit "compose down --volumes --timeout 20 &>/dev/null"
 timed compose up --detach --no-build
 cargo build --quiet --locked --example demo
-NATS_URL="nats://127.0.0.1:$NATS_PORT" target/debug/examples/demo "$FUNCTION_IMAGE" "echo 'Hello from compose!'"
+export NATS_URL="nats://127.0.0.1:$NATS_PORT"
+target/debug/examples/demo "$FUNCTION_IMAGE" "echo 'Hello from compose!'"
+[[ $(compose logs --no-color worker-spawner) == *' ready '*'delivery="jetstream"'* ]] || die "the daemon does not use JetStream"
+# What is kept is on the volume, and outlives the server's container: two results, two records.
+compose rm --stop --force nats
+compose up --detach --no-build
+target/debug/examples/demo "$FUNCTION_IMAGE" "echo 'Hello again!'"
+wait_until 20 kept_messages 4 || die "the volume does not have what the streams kept"
 compose ps
 compose logs --no-color worker-spawner
 daemon="$(compose ps -q worker-spawner)"

@@ -1,7 +1,8 @@
 //! Jobs that are to be cancelled, as far as one instance can bring that about.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
@@ -19,7 +20,8 @@ pub struct Cancels {
 #[derive(Debug, Default)]
 struct State {
     running: HashMap<JobId, Vec<Running>>,
-    forbidden: HashSet<JobId>,
+    /// Until when.
+    forbidden: HashMap<JobId, Instant>,
     oldest: VecDeque<JobId>,
 }
 
@@ -50,7 +52,7 @@ impl Cancels {
     pub fn register(&self, id: &JobId, recorded: bool) -> Registration {
         let token = CancellationToken::new();
         let mut state = self.state();
-        if state.forbidden.contains(id) {
+        if state.forbidden.get(id).is_some_and(|until| *until > Instant::now()) {
             token.cancel();
         }
         state
@@ -71,10 +73,10 @@ impl Cancels {
         Some(running.iter().any(|running| running.recorded))
     }
 
-    /// Keeps the job from starting here.
-    pub fn forbid(&self, id: &JobId) {
+    /// Keeps the job from starting here for a while: as long as its request may wait in memory.
+    pub fn forbid(&self, id: &JobId, patience: Duration) {
         let mut state = self.state();
-        if state.forbidden.insert(id.clone()) {
+        if state.forbidden.insert(id.clone(), Instant::now() + patience).is_none() {
             state.oldest.push_back(id.clone());
         }
         if state.oldest.len() > REMEMBERED
@@ -119,13 +121,16 @@ mod tests {
     #[test]
     fn what_is_forbidden_does_not_start_and_is_forgotten_in_the_end() {
         let (cancels, id) = (Cancels::default(), JobId::new());
-        cancels.forbid(&id);
-        cancels.forbid(&id);
+        let long = Duration::from_secs(3600);
+        cancels.forbid(&id, long);
+        cancels.forbid(&id, long);
         assert!(cancels.register(&id, false).token.is_cancelled());
         for _ in 0..REMEMBERED {
-            cancels.forbid(&JobId::new());
+            cancels.forbid(&JobId::new(), long);
         }
         assert!(!cancels.register(&id, false).token.is_cancelled());
         assert_eq!(cancels.state().forbidden.len(), REMEMBERED);
+        cancels.forbid(&id, Duration::ZERO);
+        assert!(!cancels.register(&id, false).token.is_cancelled(), "its time is over");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_nats::{Subject, Subscriber};
 use bytes::Bytes;
@@ -32,6 +32,8 @@ const OWNER_FIRST: Duration = Duration::from_millis(250);
 const IN_LINE: Duration = Duration::from_secs(1);
 /// How long recording a cancellation may hold up its answer.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a request may wait in memory without anybody having lost patience.
+const A_DAY: Duration = Duration::from_secs(24 * 3600);
 /// Cancellations that are looked into at once.
 const CANCELLATIONS: usize = 64;
 
@@ -194,10 +196,10 @@ impl Intake {
             let recorded = self.runner.cancels().cancel(&id);
             if recorded.is_some() {
                 tracing::info!(job = %id, "cancelling the job");
-                let answer = cancel::answer(&id, &Answer::Stopping);
-                self.answer_cancellation(message.reply.clone(), answer).await;
             }
             if recorded == Some(false) {
+                let answer = cancel::answer(&id, &Answer::Stopping);
+                self.answer_cancellation(message.reply, answer).await;
                 continue;
             }
             let Ok(place) = elsewhere.clone().try_acquire_owned() else {
@@ -210,25 +212,32 @@ impl Intake {
             };
             let intake = self.clone();
             others.spawn(async move {
-                intake.cancel_elsewhere(id, message.reply.filter(|_| recorded.is_none())).await;
+                intake.record_cancellation(id, recorded.is_some(), message.reply).await;
                 drop(place);
             });
         }
     }
 
-    /// Sees to it that a job is cancelled that does not run here, or should this worker die now.
-    async fn cancel_elsewhere(&self, id: JobId, reply: Option<Subject>) {
-        let runs_here = reply.is_none();
+    /// Sees to it that a job is cancelled wherever it is, and stays so should its worker die now: only
+    /// then it is answered.
+    async fn record_cancellation(&self, id: JobId, runs_here: bool, reply: Option<Subject>) {
+        let asked_at = SystemTime::now();
         if !runs_here {
             // What waits in this instance's memory is known to nobody else.
-            self.runner.cancels().forbid(&id);
+            let patience = match self.records {
+                Some(_) => self.run_slot_timeout + CANCEL_PATIENCE,
+                None => A_DAY,
+            };
+            self.runner.cancels().forbid(&id, patience);
             tokio::time::sleep(OWNER_FIRST).await;
         }
         let answer = match &self.records {
             None => cancel::answer(&id, &Answer::WillNotStart),
             Some(records) => {
-                let recorded = records.request_cancel(&id);
+                let recorded = records.request_cancel(&id, asked_at);
                 match tokio::time::timeout(CANCEL_PATIENCE, recorded).await {
+                    // It was under way, though its function may not have begun.
+                    Ok(Answer::WillNotStart) if runs_here => cancel::answer(&id, &Answer::Stopping),
                     Ok(answer) => cancel::answer(&id, &answer),
                     Err(_) => cancel::refusal(&JobError::new(
                         code::JETSTREAM_UNAVAILABLE,

@@ -454,6 +454,8 @@ pub struct ObjectRef {
     pub size: u64,
     /// Its digest, as the object store gives it.
     pub digest: String,
+    /// Whether bytes of the stream are missing from it.
+    pub truncated: bool,
 }
 
 /// Where the streams are that did not fit into a message.

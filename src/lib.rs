@@ -3,12 +3,17 @@
 //! Data flows one way, and a slot is taken before work is:
 //!
 //! ```text
-//!  NATS ──▶ source ──▶ decode ──▶ admission ──▶ runner ──▶ publish ──▶ settle ──▶ clean up
-//!           (core)    (protocol)   (slots)        │ ▲
-//!                                                 ▼ │
-//!                                          backend::Backend
-//!                                     (docker: image · spec · cold)
+//!             admission
+//!              (slots)
+//!                 │
+//!  NATS ──▶ source ──▶ decode ──▶ claim ──▶ runner ──▶ decide ──▶ publish ──▶ settle ──▶ clean up
+//!        (jetstream,  (protocol)  (state)    │ ▲      (state)
+//!            core)                           ▼ │
+//!                                     backend::Backend
+//!                                (docker: image · spec · cold)
 //! ```
+//!
+//! Without JetStream nothing is claimed or decided: there are no records.
 //!
 //! Every module below is ignorant of its neighbours; [`app`] alone wires them together.
 //!
@@ -18,14 +23,23 @@
 //! | [`job`] | the vocabulary: job, outcome, error codes |
 //! | [`protocol`] | what travels over NATS: requests, records, outcomes, dead letters, subjects |
 //! | [`nats`] | the connection and its state |
-//! | [`source`] | where requests come from |
+//! | [`topology`] | streams, consumers and buckets: made where they are missing, never changed |
+//! | [`source`] | where requests come from: a stream, or plain NATS |
+//! | [`intake`] | what is taken, when there is a slot for it; and cancellations |
 //! | [`admission`] | slots |
+//! | [`cancel`] | which jobs run here and can be cancelled |
 //! | [`backend`] | what runs a job; [`backend::docker`] is the one there is |
 //! | [`health`] | whether the engine is there, and the reaper's hours |
 //! | [`runner`] | one delivery to exactly one outcome |
+//! | [`state`] | job records, and who has the right to change one |
+//! | [`objects`] | inputs and outputs that no message holds |
+//! | [`capture`] | what a function prints, kept for its outcome |
 //! | [`live`] | what a function prints, published while it runs |
-//! | [`publish`] | outcomes on their way out |
+//! | [`publish`] | outcomes, dead letters and events on their way out |
+//! | [`undertaker`] | requests that were delivered for the last time and never settled |
+//! | [`retry`] | growing delays |
 //! | [`shutdown`] | signals and the drain's deadline |
+//! | [`failpoint`](mod@failpoint) | where a test can have the daemon die |
 
 pub mod admission;
 pub mod app;

@@ -44,15 +44,25 @@ impl Objects {
         };
         let (big_out, big_err) = (too_big(out, err), too_big(err, out));
         if big_out {
-            outcome.objects.stdout = self.put(outcome, "stdout", &outcome.output.stdout).await;
+            outcome.objects.stdout = self
+                .put(outcome, "stdout", &outcome.output.stdout, outcome.output.stdout_dropped > 0)
+                .await;
         }
         if big_err {
-            outcome.objects.stderr = self.put(outcome, "stderr", &outcome.output.stderr).await;
+            outcome.objects.stderr = self
+                .put(outcome, "stderr", &outcome.output.stderr, outcome.output.stderr_dropped > 0)
+                .await;
         }
         outcome.output.cut(inline);
     }
 
-    async fn put(&self, outcome: &Outcome, stream: &str, bytes: &[u8]) -> Option<ObjectRef> {
+    async fn put(
+        &self,
+        outcome: &Outcome,
+        stream: &str,
+        bytes: &[u8],
+        truncated: bool,
+    ) -> Option<ObjectRef> {
         let id = &outcome.id;
         // An attempt that lost its job must not replace what belongs to the one that counts.
         let name = format!("{id}/{}/{stream}", outcome.attempt);
@@ -65,6 +75,7 @@ impl Objects {
                     name,
                     size: info.size as u64,
                     digest: info.digest.unwrap_or_default(),
+                    truncated,
                 });
             }
             Ok(Err(error)) => error.to_string(),
@@ -88,11 +99,6 @@ impl Objects {
             Failure::Transient(JobError::new(code::OBJECT_STORE, message))
         };
         let fetch = async {
-            // The daemon may read buckets that whoever wrote the link may not.
-            let info = self.store.info(name).await.ok();
-            if info.and_then(|info| info.options).is_some_and(|options| options.link.is_some()) {
-                return Err(rejected(format!("{name:?} is a link to another object")));
-            }
             let object = self.store.get(name).await.map_err(|e| match e.kind() {
                 GetErrorKind::NotFound => {
                     rejected(format!("bucket {} has no object {name:?}", self.bucket))
@@ -100,6 +106,10 @@ impl Objects {
                 GetErrorKind::InvalidName => rejected(format!("{name:?} is no object's name")),
                 _ => trouble(&e),
             })?;
+            // The daemon may read buckets that whoever made a link to them may not.
+            if object.info().bucket != self.bucket || object.info().name != name {
+                return Err(rejected(format!("{name:?} is a link to another object")));
+            }
             let size = object.info().size;
             if size > self.limit {
                 return Err(rejected(format!(

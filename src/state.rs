@@ -8,16 +8,15 @@ use std::time::{Duration, SystemTime};
 
 use async_nats::jetstream::Context;
 use async_nats::jetstream::kv::{self, Operation, UpdateErrorKind};
-use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
 use bytes::Bytes;
 use tokio::time::timeout;
 
-use crate::job::JobId;
+use crate::job::{JobId, Status, code};
 use crate::nats::Connection;
 use crate::protocol::cancel::Answer;
 use crate::protocol::record::{Record, State};
 use crate::retry::Backoff;
-use crate::source::jetstream::{Stored, recovered};
+use crate::source::jetstream::{Place, Stored, recovered};
 use crate::topology::{API_TIMEOUT, SetupError, Topology};
 
 /// Delays between tries to reach the bucket.
@@ -38,7 +37,6 @@ struct Inner {
     jetstream: Context,
     topology: Arc<Topology>,
     bucket: kv::Store,
-    queue: Stream,
     worker: String,
 }
 
@@ -69,6 +67,16 @@ pub enum Opened {
     Stale,
     /// Another request of the same id is in the queue, and brings the outcome.
     UnderWay,
+}
+
+/// What is to be expected of a job that another request was bringing to its end.
+pub enum Outlook {
+    /// It ended.
+    Ended(Box<Record>),
+    /// The other request is gone, and the job has not ended.
+    Open,
+    /// Nothing has changed, or nothing can be known just now.
+    Unknown,
 }
 
 /// Another worker has claimed the job since.
@@ -105,9 +113,7 @@ impl Records {
         let unavailable = |e: &dyn std::fmt::Display| SetupError::Unavailable(e.to_string());
         let bucket = jetstream.get_key_value(&topology.names.jobs).await;
         let bucket = bucket.map_err(|e| unavailable(&e))?;
-        let queue = jetstream.get_stream(&topology.names.queue).await;
-        let queue = queue.map_err(|e| unavailable(&e))?;
-        let inner = Inner { connection, jetstream, topology, bucket, queue, worker };
+        let inner = Inner { connection, jetstream, topology, bucket, worker };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -133,6 +139,8 @@ impl Records {
                         && record.claim.is_some()
                         && record.delivery > opening.delivery =>
                 {
+                    // Or the consumer is not the one it was taken for.
+                    self.inner.topology.doubt();
                     return Opened::Stale;
                 }
                 Some(record) => match self.is_another(record, opening).await {
@@ -164,14 +172,25 @@ impl Records {
         }
     }
 
-    /// The record of a job's end, where there is one and it can be read.
-    pub async fn ended(&self, id: &JobId) -> Option<Box<Record>> {
-        let record = self.read(id).await.ok()?.record?;
-        (record.state == State::Ended).then(|| Box::new(record))
+    /// What there is to do for a request of a job that another request was bringing to its end.
+    pub async fn outlook(&self, opening: &Opening) -> Outlook {
+        let record = match self.read(&opening.id).await {
+            Ok(Kept { record: Some(record), .. }) => record,
+            Ok(Kept { record: None, .. }) => return Outlook::Open,
+            Err(()) => return Outlook::Unknown,
+        };
+        if record.state == State::Ended {
+            return Outlook::Ended(Box::new(record));
+        }
+        match self.is_another(&record, opening).await {
+            Ok(false) => Outlook::Open,
+            Ok(true) | Err(()) => Outlook::Unknown,
+        }
     }
 
-    /// Asks for a job to be cancelled, wherever it is. Waits for JetStream for as long as it takes.
-    pub async fn request_cancel(&self, id: &JobId) -> Answer {
+    /// Asks for a job to be cancelled, wherever it is. Waits for JetStream for as long as it takes. A
+    /// job that was cancelled since `asked_at` was cancelled for this.
+    pub async fn request_cancel(&self, id: &JobId, asked_at: SystemTime) -> Answer {
         let mut failures = 0;
         loop {
             let Ok(stored) = self.read(id).await else {
@@ -183,6 +202,14 @@ impl Records {
             let mut record =
                 stored.record.unwrap_or_else(|| Record::new(id.clone(), State::Queued, now));
             let answer = match record.state {
+                State::Ending | State::Ended
+                    if record.status() == Some(Status::Cancelled)
+                        && record.error().is_some_and(|e| e.code == code::JOB_CANCELLED)
+                        && record.updated_at >= asked_at =>
+                {
+                    let began = record.outcome.is_some_and(|o| o.contains_key("started_at"));
+                    return if began { Answer::Stopping } else { Answer::WillNotStart };
+                }
                 State::Ending | State::Ended => {
                     let status = record.status().map_or("ended", |status| status.as_str());
                     return Answer::AlreadyEnded(status.to_owned());
@@ -245,24 +272,19 @@ impl Records {
         let Some(other) = record.sequence.filter(|other| Some(*other) != opening.sequence) else {
             return Ok(false);
         };
-        let message = match self.inner.queue.get_raw_message(other).await {
-            Ok(message) => message,
-            Err(error) => {
-                return match error.kind() {
-                    RawMessageErrorKind::NoMessageFound => Ok(false),
-                    _ => Err(()),
-                };
-            }
-        };
+        let place = Place { seq: other, next_by_subj: None };
+        let inner = &self.inner;
+        let stored = Stored::read(&inner.jetstream, &inner.topology.names.queue, place).await;
+        let Some(stored) = stored.map_err(|_| ())? else { return Ok(false) };
         // A queue that was made anew may hold another job there.
         #[derive(serde::Deserialize)]
         struct Named {
             id: Option<String>,
         }
-        let named: Option<Named> = serde_json::from_slice(&message.payload).ok();
+        let named: Option<Named> = serde_json::from_slice(&stored.payload).ok();
         Ok(match named.and_then(|named| named.id) {
             Some(id) => id == opening.id.as_str(),
-            None => recovered(Stored::of(message)).id == opening.id,
+            None => recovered(stored).id == opening.id,
         })
     }
 

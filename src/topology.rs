@@ -6,6 +6,7 @@
 
 use std::fmt::{self, Display};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::{self, AckPolicy, DeliverPolicy, pull};
@@ -85,6 +86,8 @@ pub struct Topology {
     consumers: Vec<(String, pull::Config)>,
     /// When what is missing was last made again.
     mended: Arc<tokio::sync::Mutex<Option<Instant>>>,
+    /// Counts the reasons to look the consumers up again.
+    generation: Arc<AtomicU64>,
 }
 
 /// A field of a stream that must be as wanted, and the setting that says how.
@@ -112,6 +115,18 @@ const REPLICAS: Field = field("num_replicas", "STREAM_REPLICAS", "--replicas");
 const WINDOW: Field = field("duplicate_window", "DUPLICATE_WINDOW", "--dupe-window");
 const DISCARD: Field = field("discard", "", "--discard");
 
+/// What would undo the promise in any stream.
+const EVERY_STREAM: &[Field] = &[
+    field("max_msgs_per_subject", "", "--max-msgs-per-subject"),
+    field("max_msg_size", "", "--max-msg-size"),
+    field("no_ack", "", ""),
+    field("sealed", "", ""),
+    // With it, whoever publishes can have a stream forget all that is in it.
+    field("allow_rollup_hdrs", "", ""),
+];
+/// What would be forgotten after so many.
+const MAX_MSGS: Field = field("max_msgs", "", "--max-msgs");
+
 const QUEUE_FIELDS: &[Field] = &[
     SUBJECTS,
     RETENTION,
@@ -121,6 +136,7 @@ const QUEUE_FIELDS: &[Field] = &[
     WINDOW,
     field("max_msgs", "QUEUE_MAX_MESSAGES", "--max-msgs"),
     field("max_bytes", "QUEUE_MAX_BYTES", "--max-bytes"),
+    field("deny_delete", "", ""),
     // A stream forgets what is too old without a word; the daemon ends it with an outcome.
     field("max_age", "", "--max-age"),
 ];
@@ -131,6 +147,7 @@ const RESULTS_FIELDS: &[Field] = &[
     REPLICAS,
     DISCARD,
     WINDOW,
+    MAX_MSGS,
     field("max_age", "RESULTS_MAX_AGE", "--max-age"),
     field("max_bytes", "RESULTS_MAX_BYTES", "--max-bytes"),
 ];
@@ -141,17 +158,18 @@ const DEAD_LETTERS_FIELDS: &[Field] = &[
     REPLICAS,
     WINDOW,
     DISCARD,
+    MAX_MSGS,
     field("max_age", "DEAD_LETTERS_MAX_AGE", "--max-age"),
     field("max_bytes", "DEAD_LETTERS_MAX_BYTES", "--max-bytes"),
 ];
-const ADVISORIES_FIELDS: &[Field] = &[SUBJECTS, RETENTION, STORAGE, REPLICAS];
+const ADVISORIES_FIELDS: &[Field] = &[SUBJECTS, RETENTION, STORAGE, REPLICAS, MAX_MSGS];
 const JOBS_FIELDS: &[Field] = &[
     STORAGE,
     REPLICAS,
     DISCARD,
     field("max_age", "RECORD_TTL", "--max-age"),
     field("max_bytes", "RECORDS_MAX_BYTES", "--max-bytes"),
-    field("max_msgs_per_subject", "", "--max-msgs-per-subject"),
+    MAX_MSGS,
 ];
 const OBJECTS_FIELDS: &[Field] = &[
     STORAGE,
@@ -288,7 +306,18 @@ impl Topology {
             .collect();
         consumers
             .push((names.advisories.clone(), consumer(names.advisory_consumer(), String::new())));
-        Self { names, streams, consumers, mended: Arc::default() }
+        Self { names, streams, consumers, mended: Arc::default(), generation: Arc::default() }
+    }
+
+    /// Which generation the consumers are of: they are to be looked up again after a change.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Relaxed)
+    }
+
+    /// Has the consumers looked up again: they may not be those they were.
+    pub fn doubt(&self) {
+        self.generation.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Makes again what has gone missing, unless that was done a moment ago.
@@ -316,14 +345,15 @@ impl Topology {
         account(jetstream).await?;
         let mut faults = Vec::new();
         for (config, fields) in &self.streams {
-            if let Some(found) = ensure_stream(jetstream, config).await? {
+            if let Some(found) = ensure_stream(jetstream, config, fields).await? {
                 faults.extend(differences(&found, config, fields));
             }
         }
         if faults.is_empty() {
             for (stream, config) in &self.consumers {
-                if let Some(found) = ensure_consumer(jetstream, stream, config).await? {
-                    faults.extend(consumer_differences(stream, &found, config));
+                match ensure_consumer(jetstream, stream, config).await? {
+                    Some(found) => faults.extend(consumer_differences(stream, &found, config)),
+                    None => self.doubt(),
                 }
             }
         }
@@ -390,6 +420,7 @@ fn refused(what: &str, status: usize, code: ErrorCode, error: &dyn Display) -> S
 async fn ensure_stream(
     jetstream: &Context,
     wanted: &stream::Config,
+    fields: &[Field],
 ) -> Result<Option<stream::Config>, SetupError> {
     for last in [false, true] {
         match jetstream.get_stream(&wanted.name).await {
@@ -418,9 +449,11 @@ async fn ensure_stream(
                 CreateStreamErrorKind::JetStream(e)
                     if e.error_code() == ErrorCode::STREAM_NAME_EXIST && !last => {}
                 CreateStreamErrorKind::JetStream(e) => {
+                    let bytes = fields.iter().find(|field| field.name == "max_bytes");
+                    let bytes = bytes.map_or("its bytes", |field| field.setting);
                     let what = format!(
-                        "create the stream {} (max_bytes {}, replicas {})",
-                        wanted.name, wanted.max_bytes, wanted.num_replicas
+                        "create the stream {} with STREAM_REPLICAS={} and {bytes}={}",
+                        wanted.name, wanted.num_replicas, wanted.max_bytes
                     );
                     return Err(refused(&what, e.code(), e.error_code(), &e));
                 }
@@ -484,7 +517,7 @@ async fn ensure_consumer(
 fn differences(found: &stream::Config, wanted: &stream::Config, fields: &[Field]) -> Vec<String> {
     let (found_json, wanted_json) = (json(found), json(wanted));
     let mut faults = Vec::new();
-    for Field { name, setting, option } in fields {
+    for Field { name, setting, option } in fields.iter().chain(EVERY_STREAM) {
         let (is, should) = (shown(name, &found_json[*name]), shown(name, &wanted_json[*name]));
         if is == should {
             continue;
@@ -522,6 +555,8 @@ fn consumer_differences(
         ("ack_policy", "", ""),
         ("filter_subject", "SUBJECT_PREFIX", ""),
         ("deliver_subject", "", ""),
+        ("max_ack_pending", "", "--max-pending"),
+        ("headers_only", "", ""),
     ]
     .into_iter()
     .filter_map(|(field, setting, option)| {

@@ -4,11 +4,12 @@
 //! The server stops to deliver them, keeps them, and says so once. A stream keeps what it says; and
 //! since a server that dies at the wrong moment says nothing, the queue is looked through as well.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_nats::jetstream::consumer::{Consumer, pull};
-use async_nats::jetstream::stream::{DirectGetErrorKind, RawMessageErrorKind, Stream};
+use async_nats::jetstream::stream::Stream;
 use async_nats::jetstream::{AckKind, Context};
 use futures::StreamExt;
 use serde::Deserialize;
@@ -18,11 +19,13 @@ use crate::nats::Connection;
 use crate::protocol::Subjects;
 use crate::protocol::time::parse_rfc3339;
 use crate::runner::Runner;
-use crate::source::jetstream::{Stored, recovered};
+use crate::source::jetstream::{Place, Stored, recovered};
 use crate::topology::Topology;
 
 /// How long the server keeps a request for advisories.
 const PULL_EXPIRES: Duration = Duration::from_secs(10);
+/// The most requests one look at the queue takes in: the next one goes on.
+const MOST_AT_ONCE: usize = 10_000;
 /// How long to wait after trouble with JetStream.
 const TROUBLE: Duration = Duration::from_secs(2);
 
@@ -63,7 +66,7 @@ impl Undertaker {
     pub async fn run(self) {
         // The first look is not at once: what a crash left in doubt is settled by then.
         let mut next_sweep = tokio::time::Instant::now() + self.sweep_interval;
-        let mut suspects = Vec::new();
+        let mut suspects = HashSet::new();
         loop {
             self.connection.connected().await;
             if let Err(error) = self.follow(&mut next_sweep, &mut suspects).await {
@@ -78,7 +81,7 @@ impl Undertaker {
     async fn follow(
         &self,
         next_sweep: &mut tokio::time::Instant,
-        suspects: &mut Vec<u64>,
+        suspects: &mut HashSet<u64>,
     ) -> Result<(), Trouble> {
         let names = &self.topology.names;
         let queue = self.jetstream.get_stream(&names.queue).await?;
@@ -112,35 +115,26 @@ impl Undertaker {
 
     /// Looks for requests that the consumer is done with and the queue still has. Only what was
     /// there at the last look, too, is buried: an acknowledgement may be on its way.
-    async fn sweep(&self, queue: &Stream, suspects: &mut Vec<u64>) -> Result<(), Trouble> {
-        let mut found = Vec::new();
+    async fn sweep(&self, queue: &Stream, suspects: &mut HashSet<u64>) -> Result<(), Trouble> {
+        let mut found = HashSet::new();
         for priority in Priority::ALL {
             let name = self.topology.names.consumer(priority);
             let floor = queue.consumer_info(&name).await?.ack_floor.stream_sequence;
             let subject = self.subjects.execute_at(priority);
-            let mut next = Some(1);
-            while let Some(from) = next.take() {
-                let message = queue
-                    .direct_get_builder()
-                    .next_by_subject(subject.as_str())
-                    .sequence(from)
-                    .send()
-                    .await;
-                match message {
-                    Ok(message) if message.sequence <= floor => {
-                        found.push(message.sequence);
-                        next = Some(message.sequence + 1);
+            let mut from = 1;
+            while found.len() < MOST_AT_ONCE {
+                let place = Place { seq: from, next_by_subj: Some(&subject) };
+                match Stored::read(&self.jetstream, &self.topology.names.queue, place).await? {
+                    Some(stored) if stored.sequence <= floor => {
+                        found.insert(stored.sequence);
+                        from = stored.sequence + 1;
                     }
-                    Ok(_) => {}
-                    Err(error) if error.kind() == DirectGetErrorKind::NotFound => {}
-                    Err(error) => return Err(error.into()),
+                    _ => break,
                 }
             }
         }
-        for sequence in &found {
-            if suspects.contains(sequence) {
-                self.bury(queue, *sequence, None).await?;
-            }
+        for sequence in found.intersection(suspects) {
+            self.bury(queue, *sequence, None).await?;
         }
         *suspects = found;
         Ok(())
@@ -153,17 +147,10 @@ impl Undertaker {
         sequence: u64,
         advisory: Option<&Advisory>,
     ) -> Result<bool, Trouble> {
-        let message = match queue.get_raw_message(sequence).await {
-            Ok(message) => message,
-            Err(error) => {
-                return match error.kind() {
-                    // Somebody got to its end after all, or this was done before.
-                    RawMessageErrorKind::NoMessageFound => Ok(true),
-                    _ => Err(error.into()),
-                };
-            }
-        };
-        let stored = Stored::of(message);
+        let place = Place { seq: sequence, next_by_subj: None };
+        let stored = Stored::read(&self.jetstream, &self.topology.names.queue, place).await?;
+        // Somebody got to its end after all, or this was done before.
+        let Some(stored) = stored else { return Ok(true) };
         // A queue that was made anew may hold another request in the place the advisory speaks of.
         if advisory.is_some_and(|advisory| stored.stored_at > advisory.at()) {
             return Ok(true);

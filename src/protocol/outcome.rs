@@ -279,12 +279,13 @@ struct WireObject<'a> {
     name: &'a str,
     size: u64,
     digest: &'a str,
+    truncated: bool,
 }
 
 impl<'a> WireObject<'a> {
     fn of(object: &'a ObjectRef) -> Self {
-        let ObjectRef { bucket, name, size, digest } = object;
-        Self { bucket, name, size: *size, digest }
+        let ObjectRef { bucket, name, size, digest, truncated } = object;
+        Self { bucket, name, size: *size, digest, truncated: *truncated }
     }
 }
 

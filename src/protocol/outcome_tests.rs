@@ -114,6 +114,7 @@ fn output_kept_elsewhere_is_named() {
             name: "job-1/stdout".to_owned(),
             size: 5000,
             digest: "SHA-256=abc".to_owned(),
+            truncated: true,
         }),
         stderr: None,
     };
@@ -124,6 +125,7 @@ fn output_kept_elsewhere_is_named() {
         serde_json::json!({
             "bucket": "functions_objects", "name": "job-1/stdout", "size": 5000,
             "digest": "SHA-256=abc",
+            "truncated": true,
         })
     );
     assert_eq!((&v["stdout_truncated"], &v["live_logs_dropped_bytes"]), (&true.into(), &7.into()));
@@ -196,6 +198,7 @@ fn a_result_can_be_made_of_the_outcomes_json() {
                 name: "n/1/stdout".to_owned(),
                 size: 9,
                 digest: "d".to_owned(),
+                truncated: false,
             }),
             stderr: None,
         },

@@ -170,7 +170,7 @@ prop_compose! {
         capture.push(Stream::Stdout, &stdout);
         capture.push(Stream::Stderr, stderr.as_bytes());
         let object = object.map(|(size, name)| {
-            ObjectRef { bucket: "b".to_owned(), name, size, digest: "SHA-256=x".to_owned() }
+            ObjectRef { bucket: "b".to_owned(), name, size, digest: "SHA-256=x".to_owned(), truncated: false }
         });
         let error = error.map(|message| JobError::new(code::ENGINE_ERROR, message));
         (capture.finish(), error, Objects { stdout: object.clone(), stderr: object })

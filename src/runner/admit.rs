@@ -15,7 +15,7 @@ use crate::job::{JobId, Status};
 use crate::protocol::outcome;
 use crate::protocol::record::Record;
 use crate::source::Settle;
-use crate::state::{Claim, Opened, Opening, Records};
+use crate::state::{Claim, Opened, Opening, Outlook, Records};
 
 /// This instance's place at a request; left when it is dropped.
 pub(super) struct Turn<'a> {
@@ -78,14 +78,7 @@ impl Runner {
         image: Option<String>,
         context: &Context,
     ) -> Option<Opened> {
-        let message = &context.message;
-        let opening = Opening {
-            id: id.clone(),
-            image,
-            sequence: message.sequence,
-            queued_at: message.received_at,
-            delivery: message.delivery,
-        };
+        let opening = opening(id, image, context);
         tokio::select! {
             biased;
             opened = records.open(&opening) => Some(opened),
@@ -128,7 +121,8 @@ impl Runner {
         if context.route.replies.is_empty() {
             return settle.done().await;
         }
-        let Ok(_place) = self.followers.try_acquire() else {
+        let weight = u32::try_from(2 + (context.message.size >> 9)).unwrap_or(u32::MAX);
+        let Ok(_place) = self.followers.try_acquire_many(weight) else {
             tracing::warn!(job = %id, "too many requests wait for outcomes of others; this one goes without an answer");
             return settle.done().await;
         };
@@ -140,9 +134,16 @@ impl Runner {
                     return;
                 }
             }
-            if let Some(record) = records.ended(id).await {
-                self.repeat(&record, context).await;
-                return settle.done().await;
+            match records.outlook(&opening(id, None, context)).await {
+                Outlook::Ended(record) => {
+                    self.repeat(&record, context).await;
+                    return settle.done().await;
+                }
+                Outlook::Open => {
+                    let _ = settle.retry(Duration::ZERO).await;
+                    return;
+                }
+                Outlook::Unknown => {}
             }
         }
     }
@@ -180,5 +181,17 @@ impl Runner {
         if let Some(json) = record.outcome_json() {
             self.publisher.reply(&record.id, &json, &context.route.replies).await;
         }
+    }
+}
+
+/// What is known of a job by its request.
+fn opening(id: &JobId, image: Option<String>, context: &Context) -> Opening {
+    let message = &context.message;
+    Opening {
+        id: id.clone(),
+        image,
+        sequence: message.sequence,
+        queued_at: message.received_at,
+        delivery: message.delivery,
     }
 }

@@ -57,6 +57,12 @@ pub(super) struct Orders {
 }
 
 impl Attempt {
+    /// One that was ended before it began.
+    pub(super) fn ended(why: Why) -> Self {
+        let verdict = Verdict::Ended(why, None);
+        Self { started: None, ran: None, output: Captured::default(), verdict }
+    }
+
     /// One that never began.
     pub(super) fn failed(failure: Failure) -> Self {
         let verdict = Verdict::Failed(failure);
@@ -96,16 +102,10 @@ impl Sink<'_> {
 /// Starts the run and sees it to its end, whoever brings that about.
 pub(super) async fn drive(run: &mut dyn Run, around: &Surroundings<'_>) -> Attempt {
     let mut sink = Sink { capture: Capture::new(around.keep), live: around.live };
-    let ended = |why| Attempt {
-        started: None,
-        ran: None,
-        output: Captured::default(),
-        verdict: Verdict::Ended(why, None),
-    };
     let started = tokio::select! {
         biased;
-        () = around.orders.fenced.cancelled() => return ended(Why::Fenced),
-        () = around.orders.cancelled.cancelled() => return ended(Why::Cancelled),
+        () = around.orders.fenced.cancelled() => return Attempt::ended(Why::Fenced),
+        () = around.orders.cancelled.cancelled() => return Attempt::ended(Why::Cancelled),
         () = around.shutdown.stopping.cancelled() => {
             let message = "the worker shut down before the function began";
             Err(Failure::Permanent(JobError::new(code::JOB_STOPPED, message)))

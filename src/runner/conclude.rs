@@ -33,7 +33,6 @@ impl Runner {
         ticket: &mut Ticket,
         settle: Box<dyn Settle>,
     ) {
-        self.report(&outcome);
         let published = tokio::select! {
             biased;
             published = self.publish(&mut outcome, context, ticket) => published,
@@ -62,6 +61,7 @@ impl Runner {
         let claim = match ticket {
             Ticket::Claimed(claim) => claim,
             Ticket::Unrecorded(record) => {
+                self.report(outcome);
                 self.publish_unrecorded(outcome, context, record).await;
                 return true;
             }
@@ -83,6 +83,7 @@ impl Runner {
             tracing::warn!(job = %outcome.id, "another worker has taken the job over: this outcome counts for nothing");
             return false;
         }
+        self.report(outcome);
         crate::failpoint!("outcome.decided");
         let decided = Decided {
             id: outcome.id.clone(),
@@ -125,21 +126,37 @@ impl Runner {
         context: &Context,
         record: &mut Record,
     ) {
+        self.publisher.publish(outcome, &context.route, &self.shutdown.stopping).await;
         // That a worker was told to stop is no reason: whoever sent it is told to send it again.
         if let Some(error) = &outcome.error
             && is_dead(outcome.status)
             && error.code != code::JOB_STOPPED
         {
             let (image, attempt) = (outcome.image.as_deref(), outcome.attempt);
-            self.publisher.bury(&context.message, &outcome.id, image, attempt, error).await;
+            self.bury_within_reason(context, &outcome.id, image, attempt, error).await;
         }
-        self.publisher.publish(outcome, &context.route, &self.shutdown.stopping).await;
         let ended = outcome::json(outcome, self.publisher.json_limit())
             .ok()
             .and_then(|json| Record::ended(&json, None, SystemTime::now()).ok());
         if let Some(ended) = ended {
             *record = ended;
             self.publisher.event(record).await;
+        }
+    }
+
+    /// Publishes a dead letter of a request that nothing keeps: a stream that does not take it in time
+    /// does without, and holds up nobody.
+    pub(super) async fn bury_within_reason(
+        &self,
+        context: &Context,
+        id: &JobId,
+        image: Option<&str>,
+        attempts: u32,
+        error: &JobError,
+    ) {
+        let bury = self.publisher.bury(&context.message, id, image, attempts, error);
+        if tokio::time::timeout(self.options.publish_timeout, bury).await.is_err() {
+            tracing::warn!(job = %id, "the dead letter could not be stored");
         }
     }
 }

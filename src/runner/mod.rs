@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::admission::Slot;
-use crate::backend::{Backend, Run};
+use crate::backend::Backend;
 use crate::cancel::Cancels;
 use crate::capture::Captured;
 use crate::config::Policy;
@@ -46,8 +46,8 @@ const CLEANUP_TRIES: u32 = 4;
 const NO_LIMITS: Limits = Limits { timeout: Duration::ZERO, memory_bytes: 0, cpus: 0.0, pids: 0 };
 /// How long the rest of a job's live output may take after its end.
 const LIVE_LOG_PATIENCE: Duration = Duration::from_secs(60);
-/// Requests that may wait for the outcomes of others of their ids.
-const MAX_FOLLOWERS: usize = 1024;
+/// What requests may take in memory that wait for the outcomes of others of their ids, in KiB.
+const FOLLOWERS_KIB: usize = 16 << 10;
 /// Delays between their looks.
 const LOOKS: Backoff = Backoff { first: Duration::from_millis(200), most: Duration::from_secs(5) };
 /// Room for the headers of a result, in bytes.
@@ -133,7 +133,7 @@ impl Runner {
             objects: None,
             cancels: Cancels::default(),
             under_way: Mutex::default(),
-            followers: Semaphore::new(MAX_FOLLOWERS),
+            followers: Semaphore::new(FOLLOWERS_KIB),
             options,
             shutdown,
             suspicions,
@@ -156,7 +156,6 @@ impl Runner {
     pub async fn handle(&self, delivery: Delivery, slot: Slot) {
         let Delivery { message, settle } = delivery;
         let (decoded, mut context) = self.decode(message, Instant::now());
-        let Some(settle) = demoted(&decoded, &context, settle).await else { return };
         let (id, image) = match &decoded {
             Ok(request) => (request.job.id.clone(), Some(request.job.image.clone())),
             Err(refused) => (refused.id.clone(), refused.image.clone()),
@@ -164,6 +163,7 @@ impl Runner {
         // A request that comes again while this instance is at it: its consumer was made anew, or
         // the server lost sight of it. The one that runs decides what becomes of both.
         let _turn = self.turn(context.message.sequence).await;
+        let Some(settle) = demoted(&decoded, &context, settle).await else { return };
         let admitted = self.admit(&id, image.clone(), &context, settle, slot).await;
         let Some((mut ticket, settle, slot)) = admitted else { return };
         (context.attempt, context.spare) = (ticket.attempt(), ticket.record().handed_over);
@@ -197,13 +197,13 @@ impl Runner {
         let outcome = self.outcome(id, image, &NO_LIMITS, &context, Attempt::failed(failure));
         self.report(&outcome);
         let publish = async {
+            self.publisher.publish(&outcome, &context.route, &self.shutdown.stopping).await;
             if outcome.status == Status::Rejected
                 && let Some(error) = &outcome.error
             {
                 let image = outcome.image.as_deref();
-                self.publisher.bury(&context.message, &outcome.id, image, 0, error).await;
+                self.bury_within_reason(&context, &outcome.id, image, 0, error).await;
             }
-            self.publisher.publish(&outcome, &context.route, &self.shutdown.stopping).await;
         };
         tokio::select! {
             biased;
@@ -230,9 +230,8 @@ impl Runner {
         let mut ticket = match self.open(records, &id, image.clone(), &context).await {
             Some(Opened::Mine(claim)) => Ticket::Claimed(claim),
             Some(Opened::Ending(mut claim)) => return self.complete(&mut claim, &context).await,
-            // Those who asked were told then; it is the server that forgot.
-            Some(Opened::Ended(_)) => return true,
-            Some(Opened::UnderWay) => return true,
+            // Those who asked were told then, or will be.
+            Some(Opened::Ended(_) | Opened::UnderWay) => return true,
             Some(Opened::Stale) | None => return false,
         };
         // The claim is no attempt.
@@ -240,7 +239,10 @@ impl Runner {
         let error = exhausted(&format!("delivered {deliveries} times"));
         let attempt = Attempt::failed(Failure::Permanent(error));
         let mut outcome = self.outcome(id, image, &NO_LIMITS, &context, attempt);
-        self.report(&outcome);
+        if ticket.cancel_requested() {
+            outcome.status = Status::Cancelled;
+            outcome.error = Some(verdict::cancelled());
+        }
         tokio::select! {
             biased;
             published = self.publish(&mut outcome, &context, &mut ticket) => published,
@@ -354,7 +356,9 @@ async fn demoted(
     settle: Box<dyn Settle>,
 ) -> Option<Box<dyn Settle>> {
     let Ok(Request { priority: Some(priority), .. }) = decoded else { return Some(settle) };
-    if !context.message.priority.is_some_and(|queue| queue.is_before(*priority)) {
+    let is_lower = context.message.priority.is_some_and(|queue| queue.is_before(*priority));
+    // One that was delivered before may have been begun where it is.
+    if !is_lower || context.message.attempt > 1 {
         return Some(settle);
     }
     // Where there is no other queue it runs here.

@@ -146,7 +146,15 @@ impl Runner {
         orders: &Orders,
         live: Option<&LiveLog>,
     ) -> (Option<Box<dyn Run>>, Attempt) {
-        match self.input(stdin_object).await {
+        let input = tokio::select! {
+            biased;
+            () = orders.cancelled.cancelled() => return (None, Attempt::ended(Why::Cancelled)),
+            () = self.shutdown.stopping.cancelled() => {
+                return (None, Attempt::ended(Why::Shutdown));
+            }
+            input = self.input(stdin_object) => input,
+        };
+        match input {
             Ok(stdin) => job.stdin = stdin.or(job.stdin),
             Err(failure) => return (None, Attempt::failed(failure)),
         }
@@ -250,7 +258,7 @@ impl Runner {
             // Whoever has it sees to it.
             return Again::Arranged;
         }
-        if ticket.cancel_requested() {
+        if ticket.cancel_requested() || orders.cancelled.is_cancelled() {
             return Again::Refused { settle, cleaned };
         }
         match settle.retry(delay).await {

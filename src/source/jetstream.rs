@@ -4,16 +4,16 @@
 //! only while it has a free slot, so that the fleet shares the load by free slots; and what it
 //! has fetched it keeps with signs of life until it is settled, however long that takes.
 
-use std::collections::VecDeque;
 use std::fmt::Display;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use async_nats::jetstream::consumer::{Consumer, pull};
-use async_nats::jetstream::message::StreamMessage;
-use async_nats::jetstream::{self, AckKind, Context};
+use async_nats::jetstream::{self, AckKind, Context, ErrorCode};
 use async_nats::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode, Subject, Subscriber};
 use async_trait::async_trait;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use futures::future::FutureExt;
 use futures::{StreamExt, future};
@@ -26,12 +26,13 @@ use crate::job::{JobId, Priority};
 use crate::nats::Connection;
 use crate::protocol::Subjects;
 use crate::protocol::headers::NATS_MSG_ID;
+use crate::protocol::time::parse_rfc3339;
 use crate::retry::Backoff;
 use crate::topology::{API_TIMEOUT, SetupError, Topology};
 
-/// How long the server keeps a request for work that finds none. Short enough that one which was
-/// lost on the way costs little.
-const PULL_EXPIRES: Duration = Duration::from_secs(10);
+/// How long the server keeps a request for work that finds none. Short, since an instance whose slots
+/// fill up meanwhile has no use for what comes of it.
+const PULL_EXPIRES: Duration = Duration::from_secs(5);
 /// Delays between looks at a JetStream that does not answer.
 const TROUBLE: Backoff =
     Backoff { first: Duration::from_millis(200), most: Duration::from_secs(5) };
@@ -41,7 +42,7 @@ const MOVED_ID: &str = "Worker-Spawner-Id";
 const MOVED_AT: &str = "Worker-Spawner-Queued-At-Ms";
 const MOVED_FROM: &str = "Worker-Spawner-Subject";
 const MOVED_MSG_ID: &str = "Worker-Spawner-Msg-Id";
-/// What three more headers and their framing take in a message, beside their values.
+/// What the further headers and their framing take in a message, beside their values.
 const MOVED_OVERHEAD: usize = 512;
 
 /// Deliveries that the server allows beyond the attempts a job has: some are no attempt, such as one
@@ -59,8 +60,13 @@ pub struct Options {
     pub max_age: Duration,
 }
 
-/// How long a request that came when there was no slot for it waits here before it is left to others.
+/// How long a request that came when there was no slot for it waits here before it is left to others,
+/// where it has been delivered too often to be left to them at once.
 const HOLD: Duration = Duration::from_secs(3);
+/// How long what is on the wire may take to come at the end.
+const LAST_ANSWERS: Duration = Duration::from_millis(200);
+/// How many deliveries are not too often.
+const FEW_DELIVERIES: u32 = SPARE_DELIVERIES / 2;
 
 /// The work queue, as one instance takes from it.
 ///
@@ -75,13 +81,13 @@ pub struct JetStreamSource {
     levels: Vec<Level>,
     /// Where the answers to all pulls arrive, and the subject's beginning.
     answers: Option<(Subscriber, String)>,
-    /// On which connection the consumers were looked up: what waited at the server is gone with it.
-    /// Nothing before that, and after trouble.
-    bound: Option<u64>,
+    /// On which connection the consumers were looked up, and of which generation they are: what waited
+    /// at the server is gone with the connection. Nothing before that, and after trouble.
+    bound: Option<(u64, u64)>,
     pulls: u64,
     picks: u32,
     /// Fetched and not yet taken, in the order they came.
-    stash: VecDeque<(tokio::time::Instant, Delivery)>,
+    stash: Vec<Fetched>,
     failures: u32,
 }
 
@@ -99,6 +105,23 @@ struct Pull {
     waits: bool,
     /// When an answer is overdue.
     overdue: tokio::time::Instant,
+}
+
+/// A request that was fetched and not yet taken.
+struct Fetched {
+    at: tokio::time::Instant,
+    /// The level it came from.
+    level: usize,
+    delivery: Delivery,
+}
+
+impl Fetched {
+    /// Whether it is to be left to others by now. What would not be delivered once more stays until
+    /// there is a slot.
+    fn is_in_the_way(&self) -> bool {
+        let few = self.delivery.message.attempt <= FEW_DELIVERIES;
+        self.delivery.settle.can_retry() && (few || self.at.elapsed() >= HOLD)
+    }
 }
 
 /// What a server is asked with a pull: `$JS.API.CONSUMER.MSG.NEXT` of the JetStream wire API (ADR-13).
@@ -135,7 +158,7 @@ impl JetStreamSource {
             pulls: 0,
             // Not zero: a quiet queue is asked in its natural order.
             picks: 1,
-            stash: VecDeque::new(),
+            stash: Vec::new(),
             failures: 0,
         }
     }
@@ -145,7 +168,8 @@ impl JetStreamSource {
     async fn bind(&mut self) -> Result<u64, SetupError> {
         self.connection.connected().await;
         let epoch = self.connection.epoch();
-        if self.bound == Some(epoch) {
+        let generation = self.topology.generation();
+        if self.bound == Some((epoch, generation)) {
             return Ok(epoch);
         }
         for level in &mut self.levels {
@@ -161,7 +185,8 @@ impl JetStreamSource {
             self.topology.mend(&self.jetstream).await?;
             self.lookup().await.map_err(|e| unavailable(&e))?;
         }
-        Ok(*self.bound.insert(epoch))
+        self.bound = Some((epoch, generation));
+        Ok(epoch)
     }
 
     async fn lookup(&mut self) -> Result<(), async_nats::Error> {
@@ -200,7 +225,8 @@ impl JetStreamSource {
             None | Some(StatusCode::OK) => match self.delivery(message) {
                 Ok((at, delivery)) => {
                     self.failures = 0;
-                    self.stash.push_back((tokio::time::Instant::now(), delivery));
+                    let fetched = tokio::time::Instant::now();
+                    self.stash.push(Fetched { at: fetched, level: at, delivery });
                     // It bears the subject it was published to, and so not its pull's number. Should
                     // it be a late answer to an earlier one, there is one pull too many for a while.
                     Some(at)
@@ -291,11 +317,25 @@ impl JetStreamSource {
         }
     }
 
+    /// The request to take next: of those that were fetched, the one whose queue comes first in this
+    /// pick. Nothing where a queue that comes before it may have something.
+    fn best(&self) -> Option<usize> {
+        for at in order(self.picks) {
+            if let Some(place) = self.stash.iter().position(|fetched| fetched.level == at) {
+                return Some(place);
+            }
+            // A queue with a pull that waits is empty: it would have answered.
+            if self.levels[at].pull.is_none_or(|pull| !pull.waits) {
+                return None;
+            }
+        }
+        None
+    }
+
     /// One step towards a delivery: ask, or wait for an answer. Cancel-safe.
     async fn step(&mut self) -> Result<(), SetupError> {
         let epoch = self.bind().await?;
-        // A queue with a pull that waits is empty: it would have answered. Of the others, the first
-        // is asked, and the rest only when it has nothing.
+        // The first queue that may have something is asked, and the others only when it has nothing.
         if !self.levels.iter().any(|level| level.pull.is_some_and(|pull| !pull.waits)) {
             let order = order(self.picks);
             if let Some(at) = order.into_iter().find(|at| self.levels[*at].pull.is_none()) {
@@ -307,7 +347,7 @@ impl JetStreamSource {
             self.bound = None;
             return Ok(());
         };
-        let nothing = answer.status == Some(StatusCode::NOT_FOUND);
+        let nothing = matches!(answer.status, Some(StatusCode::NOT_FOUND | StatusCode::TIMEOUT));
         if let Some(at) = self.take(answer)?
             && nothing
         {
@@ -315,11 +355,7 @@ impl JetStreamSource {
             self.ask(at, true).await?;
         }
         // What came with it waits no longer than it does.
-        self.collect()?;
-        if !self.stash.is_empty() {
-            self.picks = self.picks.wrapping_add(1);
-        }
-        Ok(())
+        self.collect()
     }
 
     /// Takes in what has arrived.
@@ -331,16 +367,20 @@ impl JetStreamSource {
         }
     }
 
-    /// Gives back what came so long ago. What would not be delivered once more stays until there is a
-    /// slot.
-    fn give_back(&mut self, age: Duration) -> Vec<JoinHandle<Result<(), Closed>>> {
-        let (back, kept): (Vec<_>, Vec<_>) = self
-            .stash
-            .drain(..)
-            .partition(|(at, delivery)| at.elapsed() >= age && delivery.settle.can_retry());
-        self.stash = kept.into();
+    /// The next answer to any pull, as long as there are any.
+    async fn last_answer(&mut self) -> Option<async_nats::Message> {
+        self.answers.as_mut()?.0.next().await
+    }
+
+    /// Gives back what is to be left to others.
+    fn give_back(
+        &mut self,
+        is_others: impl Fn(&Fetched) -> bool,
+    ) -> Vec<JoinHandle<Result<(), Closed>>> {
+        let (back, kept) = self.stash.drain(..).partition::<Vec<_>, _>(is_others);
+        self.stash = kept;
         // Tasks of their own: whoever gives up waiting for this must not keep them from being told.
-        let told = back.into_iter().map(|(_, delivery)| {
+        let told = back.into_iter().map(|Fetched { delivery, .. }| {
             tokio::spawn(async move { delivery.settle.retry(Duration::ZERO).await })
         });
         told.collect()
@@ -354,7 +394,7 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 #[async_trait]
 impl Source for JetStreamSource {
     async fn ready(&mut self) {
-        while self.stash.is_empty() {
+        while self.best().is_none() {
             let Err(error) = self.step().await else { continue };
             self.bound = None;
             self.failures += 1;
@@ -368,8 +408,9 @@ impl Source for JetStreamSource {
 
     async fn next(&mut self) -> Delivery {
         loop {
-            if let Some((_, delivery)) = self.stash.pop_front() {
-                return delivery;
+            if let Some(place) = self.best() {
+                self.picks = self.picks.wrapping_add(1);
+                return self.stash.remove(place).delivery;
             }
             self.ready().await;
         }
@@ -379,7 +420,7 @@ impl Source for JetStreamSource {
         loop {
             // Trouble shows again when there is something to do.
             let _ = self.collect();
-            drop(self.give_back(HOLD));
+            drop(self.give_back(Fetched::is_in_the_way));
             let next = async {
                 match &mut self.answers {
                     Some((answers, _)) => answers.next().await,
@@ -398,12 +439,14 @@ impl Source for JetStreamSource {
     }
 
     async fn close(&mut self) -> Vec<Message> {
-        let _ = self.collect();
-        future::join_all(self.give_back(Duration::ZERO)).await;
         if let Some((answers, _)) = &mut self.answers {
-            // No interest, no deliveries.
-            let _ = answers.unsubscribe().await;
+            // No interest, no deliveries; what is on the wire is taken in first.
+            let _ = answers.drain().await;
+            while let Ok(Some(answer)) = timeout(LAST_ANSWERS, self.last_answer()).await {
+                let _ = self.take(answer);
+            }
         }
+        future::join_all(self.give_back(|_| true)).await;
         Vec::new()
     }
 }
@@ -424,19 +467,83 @@ pub struct Stored {
     pub deliveries: u32,
 }
 
+/// Which stored request to read.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Place<'a> {
+    /// Its place, or where to begin to look.
+    pub seq: u64,
+    /// The first one from there on with this subject.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_by_subj: Option<&'a str>,
+}
+
 impl Stored {
-    /// A message that was read from the stream instead of being delivered.
-    #[must_use]
-    pub fn of(message: StreamMessage) -> Self {
-        Self {
-            subject: message.subject.to_string(),
-            headers: message.headers,
-            payload: message.payload,
-            sequence: message.sequence,
-            stored_at: message.time.into(),
+    /// Reads a request from the stream instead of having it delivered. Nothing where there is none.
+    ///
+    /// By `$JS.API.STREAM.MSG.GET` of the JetStream wire API, whose answer holds the headers as data:
+    /// whoever publishes may send headers that no client library reads.
+    ///
+    /// # Errors
+    /// The stream cannot be asked.
+    pub async fn read(
+        jetstream: &Context,
+        stream: &str,
+        place: Place<'_>,
+    ) -> Result<Option<Self>, async_nats::Error> {
+        #[derive(serde::Deserialize)]
+        struct Answer {
+            message: Option<Raw>,
+            error: Option<ApiError>,
+        }
+        #[derive(serde::Deserialize)]
+        struct Raw {
+            subject: String,
+            seq: u64,
+            #[serde(default)]
+            hdrs: String,
+            #[serde(default)]
+            data: String,
+            time: String,
+        }
+        #[derive(serde::Deserialize)]
+        struct ApiError {
+            err_code: u64,
+            #[serde(default)]
+            description: String,
+        }
+        let subject = format!("STREAM.MSG.GET.{stream}");
+        let answer: Answer = jetstream.request(subject, &place).await?;
+        let raw = match answer {
+            Answer { message: Some(raw), .. } => raw,
+            Answer { error: Some(e), .. } if e.err_code == ErrorCode::NO_MESSAGE_FOUND.0 => {
+                return Ok(None);
+            }
+            Answer { error: Some(e), .. } => return Err(e.description.into()),
+            Answer { .. } => return Err("an answer that is none".into()),
+        };
+        Ok(Some(Self {
+            subject: raw.subject,
+            headers: readable_headers(&BASE64.decode(raw.hdrs)?),
+            payload: BASE64.decode(raw.data)?.into(),
+            sequence: raw.seq,
+            stored_at: parse_rfc3339(&raw.time).ok_or("a time that is none")?,
             deliveries: 0,
+        }))
+    }
+}
+
+/// Those headers of a block that can be read; the others are left out.
+fn readable_headers(block: &[u8]) -> HeaderMap {
+    let text = String::from_utf8_lossy(block);
+    let mut headers = HeaderMap::new();
+    for line in text.split("\r\n").skip(1) {
+        let Some((name, value)) = line.split_once(':') else { continue };
+        let pair = (name.parse::<HeaderName>(), value.trim().parse::<HeaderValue>());
+        if let (Ok(name), Ok(value)) = pair {
+            headers.append(name, value);
         }
     }
+    headers
 }
 
 /// A request from the stream as one of ours. The same from wherever it is read.

@@ -10,9 +10,9 @@ use futures::future::join_all;
 use serde_json::json;
 
 use crate::support::engine::PrivateEngine;
-use crate::support::fleet::{Fleet, Once};
+use crate::support::fleet::{Fleet, Once, server_version};
 use crate::support::long;
-use crate::support::nats::{NatsOptions, NatsServer, NatsVersion, Store};
+use crate::support::nats::{NatsOptions, NatsServer, Store};
 use crate::support::process::Signal;
 use crate::support::proxy::Flow;
 use crate::support::streams::{ADVISORIES, CONSUMERS, EXECUTE, QUEUE, RESULTS, header};
@@ -280,10 +280,8 @@ async fn outage(fault: impl AsyncFnOnce(&mut Fleet, &crate::support::world::Held
 /// answered, and what was accepted ends.
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_full_store_refuses_what_it_cannot_keep_and_loses_nothing_it_accepted() {
-    let options = NatsOptions {
-        store: Store::Tmpfs(64 << 20),
-        ..NatsOptions::durable(NatsVersion::Installed)
-    };
+    let options =
+        NatsOptions { store: Store::Tmpfs(64 << 20), ..NatsOptions::durable(server_version()) };
     let engine = crate::support::engine::Engine::shared().await;
     let nats = NatsServer::with(options).await;
     let mut fleet = Fleet::on(nats, engine, 2, &[]).await;
@@ -468,7 +466,7 @@ async fn a_lost_acknowledgement_is_made_up_for_without_a_second_run() {
 /// drained into failures.
 async fn engine_outage(graceful: bool) {
     let mut private = PrivateEngine::start().await;
-    let nats = NatsServer::with(NatsOptions::durable(NatsVersion::Installed)).await;
+    let nats = NatsServer::with(NatsOptions::durable(server_version())).await;
     let fleet = Fleet::on(nats, private.engine().await, 2, &[]).await;
     let first = fleet.hold().await;
     if graceful {
@@ -507,7 +505,7 @@ async fn a_terminated_engine_costs_each_job_an_attempt_at_most() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_frozen_engine_loses_nothing() {
     let private = PrivateEngine::start().await;
-    let nats = NatsServer::with(NatsOptions::durable(NatsVersion::Installed)).await;
+    let nats = NatsServer::with(NatsOptions::durable(server_version())).await;
     let settings = [("ENGINE_TIMEOUT", "2s"), ("MAX_DELIVER", "10")];
     let fleet = Fleet::on(nats, private.engine().await, 2, &settings).await;
     let held = fleet.hold().await;

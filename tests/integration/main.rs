@@ -8,21 +8,26 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod big_objects;
 mod cancel;
 mod chaos;
 mod commands;
 mod confinement;
 mod connections;
+mod dead_letters;
 mod durability;
 mod faults;
 mod images;
 mod jetstream;
 mod lifecycle;
 mod limits;
+mod live_logs;
 mod load;
 mod outputs;
+mod priorities;
 mod records;
 mod requests;
+mod retries;
 mod servers;
 mod settings;
 mod support;

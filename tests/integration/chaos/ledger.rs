@@ -122,6 +122,8 @@ pub(crate) struct History {
     pub(crate) overruns: Vec<Overrun>,
     /// What was still there in the end.
     pub(crate) leftovers: Vec<String>,
+    /// What a killed engine does not know any more, and nobody but it could have removed.
+    pub(crate) forgotten: Vec<String>,
     /// Daemons that ended, or did not, in a way nobody asked for.
     pub(crate) deaths: Vec<String>,
     /// How the daemons ended that were asked to when all was well: number and exit.
@@ -334,6 +336,7 @@ impl History {
         row("answers to cancels", tally(replies.map(|reply| format!("{reply:?}"))));
         row("overruns", self.overruns.len().to_string());
         row("left behind", self.leftovers.len().to_string());
+        row("forgotten by the engine", self.forgotten.len().to_string());
         lines.join("\n")
     }
 }

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::chronicle::Chronicle;
 use super::ledger::{CancelReply, EXIT_CODE, Job, Kind, LOUD};
 use super::random::Random;
-use crate::support::streams::{QUEUE, Streams};
+use crate::support::streams::Streams;
 
 /// Between two jobs.
 const PACE: (u64, u64) = (50, 400);
@@ -93,7 +93,7 @@ impl Load {
         let (streams, enough) = (self.streams.clone(), self.enough.clone());
         tokio::spawn(async move {
             while !enough.is_cancelled() {
-                sender.send_replace(streams.count(QUEUE).await.unwrap_or(BACKLOG));
+                sender.send_replace(streams.backlog().await.unwrap_or(BACKLOG));
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
         });

@@ -29,10 +29,10 @@ use self::chronicle::Chronicle;
 use self::ledger::{CLEAN_END, History, Violation};
 use self::load::{Jobs, Load};
 use self::observe::Observer;
-use self::plan::Plan;
+use self::plan::{Fault, Plan};
 use self::random::Random;
 use self::rig::{MAX_DELIVER, Rig};
-use crate::support::nats::NatsVersion;
+use crate::support::fleet::server_version;
 use crate::support::process::Signal;
 use crate::support::streams::{ADVISORIES, QUEUE, RESULTS, Streams};
 
@@ -40,6 +40,8 @@ use crate::support::streams::{ADVISORIES, QUEUE, RESULTS, Streams};
 const STUCK: Duration = Duration::from_secs(120);
 /// How long what is left over may take to go.
 const CLEAN_UP: Duration = Duration::from_secs(90);
+/// How long a shim may outlive its container.
+const SHIM: Duration = Duration::from_secs(10);
 /// Between two looks in the quiet period.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -48,10 +50,6 @@ async fn whatever_fails_every_accepted_job_ends_once_or_is_buried_with_a_reason(
     let seconds = number("WORKER_SPAWNER_CHAOS_SECONDS").unwrap_or(100);
     let seed = number("WORKER_SPAWNER_CHAOS_SEED")
         .unwrap_or_else(|| u64::from(uuid::Uuid::now_v7().as_u64_pair().1 as u32));
-    let version = match std::env::var("WORKER_SPAWNER_CHAOS_NATS") {
-        Ok(name) if name == "current" => NatsVersion::Current,
-        _ => NatsVersion::Installed,
-    };
     let plan = Plan::new(seed, Duration::from_secs(seconds));
     println!(
         "{plan}\nagain: WORKER_SPAWNER_CHAOS_SEED={seed} WORKER_SPAWNER_CHAOS_SECONDS={seconds}"
@@ -59,14 +57,15 @@ async fn whatever_fails_every_accepted_job_ends_once_or_is_buried_with_a_reason(
     // Each second leaves about half a dozen results, some of them large.
     let room = (96 << 20) + usize::try_from(seconds).unwrap() * (192 << 10);
     let chronicle = Chronicle::begin();
-    let mut rig = Rig::start(&chronicle, version, room).await;
+    let mut rig = Rig::start(&chronicle, server_version(), room).await;
     let history = run(&mut rig, &plan, &chronicle).await;
+    let servers = rig.logs();
     // What the daemons print themselves when a test fails is here in better order.
     drop(rig);
     let violations = history.violations();
     println!("{}", summary(&plan, &history, &chronicle));
     if !violations.is_empty() {
-        println!("{}", account(&plan, &violations, &chronicle));
+        println!("{}", account(&plan, &violations, &chronicle, &servers));
     }
     assert!(violations.is_empty(), "{} violations, see above; seed {seed}", violations.len());
 }
@@ -112,7 +111,7 @@ async fn run(rig: &mut Rig, plan: &Plan, chronicle: &Chronicle) -> History {
         leftovers: stuck,
         ..History::default()
     };
-    end(rig, &mut history).await;
+    end(rig, &mut history, chronicle).await;
     history.stored = patiently("the results", || observe::outcomes(&rig.streams)).await;
     history.dead_letters = patiently("dead letters", || observe::dead_letters(&rig.streams)).await;
     history.records = patiently("records", || observe::records(&rig.streams, &history.jobs)).await;
@@ -144,7 +143,7 @@ async fn quiet(streams: &Streams) -> Vec<String> {
 }
 
 /// Ends the daemons, and looks at what is left.
-async fn end(rig: &mut Rig, history: &mut History) {
+async fn end(rig: &mut Rig, history: &mut History, chronicle: &Chronicle) {
     let with_daemons = settled(|| async {
         let left = observe::left_in(&rig.observed).await;
         // What an instance keeps for itself is no job's.
@@ -167,13 +166,28 @@ async fn end(rig: &mut Rig, history: &mut History) {
     })
     .await;
     history.leftovers.extend(after);
+    let shims = settled_within(SHIM, || async { Ok(rig.shims()) }).await;
+    // An engine that is killed while it makes a container forgets what it had begun: the shim stays,
+    // with nothing in it, of a container that neither the engine nor anybody else knows.
+    if chronicle.faults().contains_key(&Fault::EngineKilled.to_string()) {
+        history.forgotten = shims;
+    } else {
+        history.leftovers.extend(shims);
+    }
 }
 
 /// What is left when nothing more goes.
 async fn settled<F: Future<Output = Result<Vec<String>, String>>>(
     look: impl Fn() -> F,
 ) -> Vec<String> {
-    let deadline = Instant::now() + CLEAN_UP;
+    settled_within(CLEAN_UP, look).await
+}
+
+async fn settled_within<F: Future<Output = Result<Vec<String>, String>>>(
+    patience: Duration,
+    look: impl Fn() -> F,
+) -> Vec<String> {
+    let deadline = Instant::now() + patience;
     loop {
         let left = look().await;
         match left {
@@ -214,11 +228,19 @@ fn summary(plan: &Plan, history: &History, chronicle: &Chronicle) -> String {
 }
 
 /// All that is known of what went wrong. The whole story goes to files.
-fn account(plan: &Plan, violations: &[Violation], chronicle: &Chronicle) -> String {
+fn account(
+    plan: &Plan,
+    violations: &[Violation],
+    chronicle: &Chronicle,
+    servers: &[(&str, String)],
+) -> String {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("chaos-{}", plan.seed));
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::write(dir.join("chronicle"), format!("{plan}\n{}", chronicle.text())).unwrap();
     for (whose, log) in chronicle.logs() {
+        std::fs::write(dir.join(whose), log).unwrap();
+    }
+    for (whose, log) in servers {
         std::fs::write(dir.join(whose), log).unwrap();
     }
     let mut text = format!("{} violations; logs are in {}\n", violations.len(), dir.display());

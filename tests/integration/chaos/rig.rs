@@ -34,7 +34,7 @@ const END: Duration = Duration::from_secs(60);
 pub(crate) struct Rig {
     pub(crate) daemons: Vec<Kept>,
     links: Vec<Proxy>,
-    pub(crate) nats: NatsServer,
+    nats: NatsServer,
     pub(crate) streams: Streams,
     engine: PrivateEngine,
     /// The way to the engine, which works whenever it runs.
@@ -114,9 +114,19 @@ impl Rig {
         );
     }
 
-    /// What runs on behalf of containers, in them or beside them.
+    /// What the engine and the NATS server have printed.
+    pub(crate) fn logs(&self) -> [(&'static str, String); 2] {
+        [("engine", self.engine.log()), ("nats", self.nats.log())]
+    }
+
+    /// What runs in containers.
     pub(crate) fn processes(&self) -> Vec<String> {
         self.engine.processes()
+    }
+
+    /// What stands beside containers.
+    pub(crate) fn shims(&self) -> Vec<String> {
+        self.engine.shims()
     }
 }
 

@@ -393,22 +393,26 @@ impl PrivateEngine {
         Engine { docker: docker.negotiate_version().await.unwrap(), host: Some(self.host()) }
     }
 
-    /// What runs in or beside a container of this engine's, by name and number.
+    /// What the engine has printed so far.
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.path("dockerd.log")).unwrap_or_default()
+    }
+
+    /// What runs in the containers of this engine, by number and command.
     pub(crate) fn processes(&self) -> Vec<String> {
+        processes(|pid| {
+            proc_file(pid, "cgroup").is_some_and(|groups| groups.contains(&self.cgroup))
+        })
+    }
+
+    /// The processes that stand beside this engine's containers, one for each.
+    pub(crate) fn shims(&self) -> Vec<String> {
         let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
         let own = namespace(&self.init.to_string());
-        let numbers = std::fs::read_dir("/proc").unwrap().flatten();
-        numbers
-            .filter_map(|entry| entry.file_name().into_string().ok())
-            .filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
-            .filter_map(|pid| {
-                let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}"));
-                let (name, cgroup) = (read("comm").ok()?, read("cgroup").ok()?);
-                let beside = name.starts_with("containerd-shim") && namespace(&pid) == own;
-                let within = cgroup.contains(&self.cgroup);
-                (beside || within).then(|| format!("process {pid}: {}", name.trim()))
-            })
-            .collect()
+        processes(|pid| {
+            let is_shim = |name: String| name.starts_with("containerd-shim");
+            proc_file(pid, "comm").is_some_and(is_shim) && namespace(pid) == own
+        })
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -419,7 +423,7 @@ impl PrivateEngine {
 impl Drop for PrivateEngine {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let log = std::fs::read_to_string(self.path("dockerd.log")).unwrap_or_default();
+            let log = self.log();
             let tail: Vec<&str> = log.lines().rev().take(60).collect();
             eprintln!("--- end of the private engine's log");
             for line in tail.iter().rev() {
@@ -449,6 +453,24 @@ impl Drop for PrivateEngine {
             std::thread::sleep(Duration::from_millis(50));
         }
     }
+}
+
+/// All processes `wanted` picks, by number and command.
+fn processes(wanted: impl Fn(&str) -> bool) -> Vec<String> {
+    let numbers = std::fs::read_dir("/proc").unwrap().flatten();
+    numbers
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()) && wanted(name))
+        .filter_map(|pid| {
+            let command = proc_file(&pid, "cmdline")?.replace('\0', " ");
+            Some(format!("process {pid}: {}", command.trim()))
+        })
+        .collect()
+}
+
+/// What the kernel says of a process, unless it has ended.
+fn proc_file(pid: &str, name: &str) -> Option<String> {
+    std::fs::read_to_string(format!("/proc/{pid}/{name}")).ok()
 }
 
 /// Removes the control groups called `name` from all hierarchies; false while one is still busy.

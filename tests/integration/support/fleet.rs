@@ -36,6 +36,16 @@ pub(crate) const HASTY: [(&str, &str); 12] = [
     ("RUST_LOG", "info,worker_spawner=debug"),
 ];
 
+/// The NATS server to hurt: the installed one, or the current one with
+/// WORKER_SPAWNER_CHAOS_NATS=current.
+pub(crate) fn server_version() -> NatsVersion {
+    match std::env::var("WORKER_SPAWNER_CHAOS_NATS").as_deref() {
+        Ok("current") => NatsVersion::Current,
+        Ok(other) => panic!("WORKER_SPAWNER_CHAOS_NATS is current or nothing, not {other}"),
+        Err(_) => NatsVersion::Installed,
+    }
+}
+
 /// A daemon, how it was started, and its way to NATS.
 pub(crate) struct Worker {
     pub(crate) daemon: Daemon,
@@ -112,7 +122,7 @@ impl Fleet {
     /// So many daemons on the shared engine, with these settings beside the [`HASTY`] ones.
     pub(crate) async fn start(daemons: usize, settings: &[(&str, &str)]) -> Self {
         let engine = Engine::shared().await;
-        let nats = NatsServer::with(NatsOptions::durable(NatsVersion::Installed)).await;
+        let nats = NatsServer::with(NatsOptions::durable(server_version())).await;
         Self::on(nats, engine, daemons, settings).await
     }
 

@@ -16,9 +16,7 @@ use serde_json::{Value, json};
 
 use super::wait::{PATIENCE, within};
 
-pub(crate) const QUEUE: &str = "functions_queue";
-pub(crate) const RESULTS: &str = "functions_results";
-pub(crate) const DEAD_LETTERS: &str = "functions_dead_letters";
+pub(crate) use super::jetstream::{DEAD_LETTERS, QUEUE, RESULTS};
 pub(crate) const ADVISORIES: &str = "functions_advisories";
 /// The stream behind the bucket of the records.
 const JOBS: &str = "KV_functions_jobs";
@@ -135,6 +133,17 @@ impl Streams {
 
     pub(crate) async fn consumer(&self, stream: &str, name: &str) -> Result<Value, Trouble> {
         self.api(&format!("CONSUMER.INFO.{stream}.{name}"), Value::Null).await
+    }
+
+    /// How many requests the consumers of the queue have yet to deliver or to hear of.
+    pub(crate) async fn backlog(&self) -> Result<u64, Trouble> {
+        let mut backlog = 0;
+        for name in CONSUMERS {
+            let info = self.consumer(QUEUE, name).await?;
+            let counts = [&info["num_pending"], &info["num_ack_pending"]];
+            backlog += counts.iter().filter_map(|count| count.as_u64()).sum::<u64>();
+        }
+        Ok(backlog)
     }
 
     pub(crate) async fn delete_consumer(&self, stream: &str, name: &str) -> Result<(), Trouble> {
