@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Measures the daemon against the ways of running one container by hand, and prints the table of docs/BENCHMARKS.md.
 #
-#   scripts/bench.sh                    about four minutes
-#   scripts/bench.sh --long             and memory over 2,000 jobs, and a burst of 10,000: about twenty minutes
+#   scripts/bench.sh                    about seven minutes
+#   scripts/bench.sh --long             and memory over 2,000 jobs, and a burst of 10,000: about thirty minutes
 #   scripts/bench.sh --without-daemon   the other contenders only
+#   scripts/bench.sh --durability       only what durable delivery costs
 #   scripts/bench.sh --rounds N | --budget SECONDS
 #
 # Needs a Docker engine (DOCKER_HOST is obeyed by every contender), the docker command line client, nats-server and a

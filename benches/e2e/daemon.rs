@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use async_nats::jetstream;
 use futures::StreamExt;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
@@ -19,31 +20,68 @@ const LOST_AFTER: Duration = Duration::from_secs(60);
 /// The unit of the times in `/proc/<pid>/stat`: `USER_HZ`, 100 on every Linux there is a Docker for.
 const TICK_MS: f64 = 10.0;
 
+/// How a daemon takes requests: what it is told by `DELIVERY`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Delivery {
+    Core,
+    JetStream,
+}
+
+impl Delivery {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Core => "core",
+            Self::JetStream => "jetstream",
+        }
+    }
+}
+
 pub(crate) struct Nats {
     _server: Child,
-    _files: tempfile::TempDir,
+    pid: u32,
+    files: tempfile::TempDir,
     pub(crate) url: String,
     pub(crate) version: String,
 }
 
 impl Nats {
-    /// Starts a server on a free loopback port.
+    /// Starts a server on a free loopback port, with JetStream on disk, in files of its own.
     pub(crate) async fn start() -> Result<Self> {
         let files = tempfile::tempdir()?;
+        std::fs::create_dir(files.path().join("ports"))?;
         let program = std::env::var("NATS_SERVER").unwrap_or_else(|_| "nats-server".to_owned());
         let server = Command::new(&program)
             .args(["-a", "127.0.0.1", "-p", "-1", "--ports_file_dir"])
-            .arg(files.path())
+            .arg(files.path().join("ports"))
+            .args(["--jetstream", "--store_dir"])
+            .arg(files.path().join("store"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .kill_on_drop(true)
             .spawn()
             .with_context(|| format!("{program}: install nats-server or set NATS_SERVER"))?;
-        let url = port_file(files.path()).await?;
+        let pid = server.id().context("nats-server ended at once")?;
+        let url = port_file(&files.path().join("ports")).await?;
         let client = async_nats::connect(&url).await?;
         let version = client.server_info().version.clone();
-        Ok(Self { _server: server, _files: files, url, version })
+        Ok(Self { _server: server, pid, files, url, version })
+    }
+
+    /// Which file system its streams are on.
+    pub(crate) fn file_system(&self) -> String {
+        let described = std::process::Command::new("stat")
+            .args(["--file-system", "--format=%T"])
+            .arg(self.files.path())
+            .output();
+        described.map_or_else(
+            |_| "unknown".to_owned(),
+            |output| String::from_utf8_lossy(&output.stdout).trim().to_owned(),
+        )
+    }
+
+    pub(crate) fn cpu_now(&self) -> Result<f64> {
+        cpu_now(self.pid)
     }
 
     pub(crate) async fn client(&self) -> Result<async_nats::Client> {
@@ -90,6 +128,8 @@ pub(crate) struct Daemon {
     pid: u32,
     prefix: String,
     client: async_nats::Client,
+    /// Where requests are kept, and when the server said so of each.
+    queue: Option<(jetstream::Context, Arc<Mutex<Vec<Duration>>>)>,
     results: async_nats::Subscriber,
     tail: Arc<Mutex<VecDeque<String>>>,
     pub(crate) jobs_done: usize,
@@ -98,9 +138,11 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     /// Starts a daemon with `slots` containers at most, on subjects of its own.
-    pub(crate) async fn start(nats: &Nats, slots: usize) -> Result<Self> {
+    pub(crate) async fn start(nats: &Nats, slots: usize, delivery: Delivery) -> Result<Self> {
         let prefix = format!("bench{slots}");
         let client = nats.client().await?;
+        let queue = (delivery == Delivery::JetStream)
+            .then(|| (jetstream::new(client.clone()), Arc::default()));
         let results = client.subscribe(format!("{prefix}.results")).await?;
         client.flush().await?;
         let mut process = Command::new(env!("CARGO_BIN_EXE_worker-spawner"))
@@ -108,7 +150,7 @@ impl Daemon {
             .env("SUBJECT_PREFIX", &prefix)
             .env("QUEUE_GROUP", &prefix)
             .env("MAX_CONTAINERS", slots.to_string())
-            .env("DELIVERY", "core")
+            .env("DELIVERY", delivery.name())
             .env("WARM_CONTAINERS", "0")
             .env("LOG_FORMAT", "json")
             .stdin(Stdio::null())
@@ -122,7 +164,7 @@ impl Daemon {
         follow(process.stdout.take().context("no stdout")?, Arc::clone(&tail), ready.clone());
         follow(process.stderr.take().context("no stderr")?, Arc::clone(&tail), ready);
         let daemon =
-            Self { process, pid, prefix, client, results, tail, jobs_done: 0, sequence: 0 };
+            Self { process, pid, prefix, client, queue, results, tail, jobs_done: 0, sequence: 0 };
         match tokio::time::timeout(Duration::from_secs(30), is_ready.recv()).await {
             Ok(Some(())) => Ok(daemon),
             _ => bail!("the daemon did not become ready; its last lines:\n{}", daemon.last_lines()),
@@ -180,7 +222,7 @@ impl Daemon {
                 batch.latencies.push(sent[&id].elapsed());
                 batch.wrong += usize::from(!good);
                 self.jobs_done += 1;
-                if open.len().is_multiple_of(1000) {
+                if !open.is_empty() && open.len().is_multiple_of(1000) {
                     eprintln!("bench: burst, {} to go", open.len());
                 }
             }
@@ -194,9 +236,37 @@ impl Daemon {
         let id = format!("{}-{}-{}", self.prefix, self.pid, self.sequence);
         let request = serde_json::json!({"image_reference": IMAGE, "parameter": COMMAND, "id": id})
             .to_string();
-        sent.insert(id, Instant::now());
-        self.client.publish(format!("{}.execute", self.prefix), request.into()).await?;
+        let subject = format!("{}.execute", self.prefix);
+        let at = Instant::now();
+        if let Some((jetstream, confirmed)) = &self.queue {
+            let mut headers = async_nats::HeaderMap::new();
+            headers.insert("Nats-Msg-Id", id.as_str());
+            let stored = jetstream.publish_with_headers(subject, headers, request.into()).await?;
+            let confirmed = Arc::clone(confirmed);
+            tokio::spawn(async move {
+                match stored.await {
+                    Ok(_) => confirmed.lock().unwrap().push(at.elapsed()),
+                    Err(error) => eprintln!("bench: a request was not stored: {error}"),
+                }
+            });
+        } else {
+            self.client.publish(subject, request.into()).await?;
+        }
+        sent.insert(id, at);
         Ok(())
+    }
+
+    /// How long the server took to say of each request that it is stored, since this was asked last.
+    pub(crate) fn confirmations(&self) -> Vec<Duration> {
+        let Some((_, confirmed)) = &self.queue else { return Vec::new() };
+        std::mem::take(&mut *confirmed.lock().unwrap())
+    }
+
+    /// What the daemon tells about jobs from now on.
+    pub(crate) async fn events(&self) -> Result<Events> {
+        let events = self.client.subscribe(format!("{}.events.*", self.prefix)).await?;
+        self.client.flush().await?;
+        Ok(Events(events))
     }
 
     /// The next result's job, and whether it is what the command prints; `None` when none came for too long.
@@ -222,21 +292,8 @@ impl Daemon {
         Ok(Some((id, good)))
     }
 
-    /// The scheduler's account of all threads there are now, in milliseconds with every nanosecond counted: for turns
-    /// too short for [`Usage::cpu_ms`] and its ticks.
     pub(crate) fn cpu_now(&self) -> Result<f64> {
-        let mut nanoseconds = 0.0;
-        for task in
-            std::fs::read_dir(format!("/proc/{}/task", self.pid)).context("the daemon is gone")?
-        {
-            // A thread may end between the listing and the reading.
-            let Ok(account) = std::fs::read_to_string(task?.path().join("schedstat")) else {
-                continue;
-            };
-            nanoseconds +=
-                account.split_whitespace().next().context("schedstat")?.parse::<f64>()?;
-        }
-        Ok(nanoseconds / 1e6)
+        cpu_now(self.pid)
     }
 
     /// `utime + stime` of all threads, past ones included. The kernel scales the two so that their sum is the
@@ -271,6 +328,44 @@ impl Daemon {
         }
         let _ = self.process.start_kill();
     }
+}
+
+/// What a daemon tells about its jobs.
+pub(crate) struct Events(async_nats::Subscriber);
+
+impl Events {
+    /// What the engine took for the next job that ends: the pull's look at the image, creation, start and run. The rest
+    /// of a job's time is NATS' and the daemon's.
+    pub(crate) async fn engine_time(&mut self) -> Result<Duration> {
+        let ended = async {
+            while let Some(event) = self.0.next().await {
+                let event: serde_json::Value = serde_json::from_slice(&event.payload)?;
+                let timings = &event["timings_ms"];
+                if event["state"] != "ended" {
+                    continue;
+                }
+                let ms = |name: &str| timings[name].as_f64().unwrap_or_default();
+                let ms = ms("pull") + ms("create") + ms("start") + ms("run");
+                return Ok(Duration::from_secs_f64(ms / 1e3));
+            }
+            bail!("the events ended")
+        };
+        tokio::time::timeout(LOST_AFTER, ended).await.context("no event of a job's end")?
+    }
+}
+
+/// The scheduler's account of all threads a process has now, in milliseconds with every nanosecond counted: for turns
+/// too short for [`Usage::cpu_ms`] and its ticks.
+fn cpu_now(pid: u32) -> Result<f64> {
+    let mut nanoseconds = 0.0;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task")).context("the process is gone")? {
+        // A thread may end between the listing and the reading.
+        let Ok(account) = std::fs::read_to_string(task?.path().join("schedstat")) else {
+            continue;
+        };
+        nanoseconds += account.split_whitespace().next().context("schedstat")?.parse::<f64>()?;
+    }
+    Ok(nanoseconds / 1e6)
 }
 
 fn follow(

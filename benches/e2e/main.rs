@@ -4,10 +4,14 @@
 //! drift and noise reach all of them alike; a warm-up round is thrown away. What counts is the ratio between two
 //! contenders within a round: the absolute times say more about the machine than about the program.
 //!
-//! `scripts/bench.sh [--long] [--rounds N] [--budget SECONDS] [--without-daemon]`; docs/BENCHMARKS.md has the method.
+//! After them, what durable delivery costs: two daemons that differ in it by turns.
+//!
+//! `scripts/bench.sh [--long] [--rounds N] [--budget SECONDS] [--without-daemon | --durability]`; docs/BENCHMARKS.md has
+//! the method.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod daemon;
+mod durability;
 mod engine;
 mod report;
 mod stats;
@@ -24,7 +28,8 @@ use futures::FutureExt;
 use futures::future::try_join_all;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::daemon::{Daemon, Nats, Usage};
+use crate::daemon::{Daemon, Delivery, Nats, Usage};
+use crate::durability::Durability;
 use crate::engine::{COMMAND, Engine, IMAGE, PRINTED, Timing};
 use crate::stats::Samples;
 
@@ -76,7 +81,11 @@ struct Options {
     rounds: usize,
     budget: Duration,
     without_daemon: bool,
+    durability_only: bool,
 }
+
+/// How long the rounds of [`durability`] may take.
+const DURABILITY_BUDGET: Duration = Duration::from_secs(150);
 
 impl Options {
     fn parse() -> Result<Self> {
@@ -85,12 +94,14 @@ impl Options {
             rounds: 8,
             budget: Duration::from_secs(190),
             without_daemon: false,
+            durability_only: false,
         };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
             match arg.as_str() {
                 "--long" => options.long = true,
                 "--without-daemon" => options.without_daemon = true,
+                "--durability" => options.durability_only = true,
                 "--rounds" => options.rounds = args.next().context("--rounds N")?.parse()?,
                 "--budget" => {
                     options.budget =
@@ -143,6 +154,7 @@ pub(crate) struct Measured {
     pub(crate) blocks: HashMap<(Contender, usize), Vec<Block>>,
     pub(crate) daemons: Vec<DaemonFigures>,
     pub(crate) burst: Option<Burst>,
+    pub(crate) durability: Option<Durability>,
     pub(crate) lost: usize,
     pub(crate) wrong: usize,
 }
@@ -197,12 +209,6 @@ async fn guarded(options: &Options) -> Result<Measured> {
 async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
     Engine::import_image()?;
     let nats = Nats::start().await?;
-    let mut daemons = HashMap::new();
-    if !options.without_daemon {
-        for parallel in PARALLEL {
-            daemons.insert(parallel, Daemon::start(&nats, slots(parallel)).await?);
-        }
-    }
     let mut measured = Measured {
         environment: format!(
             "{}, nats-server {}, load average {} at the start",
@@ -212,7 +218,34 @@ async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
         ),
         ..Measured::default()
     };
+    if !options.durability_only {
+        contend(options, engine, &nats, &mut measured).await?;
+    }
+    if !options.without_daemon {
+        let rounds = if options.long { 3 } else { 1 } * options.rounds * 3 / 2;
+        let budget = if options.long { 3 } else { 1 } * DURABILITY_BUDGET;
+        let durability = durability::measure(engine, rounds, budget).await?;
+        measured.lost += durability.lost;
+        measured.wrong += durability.wrong;
+        measured.durability = Some(durability);
+    }
+    Ok(measured)
+}
 
+/// The contenders by turns, then the daemons alone.
+async fn contend(
+    options: &Options,
+    engine: &Engine,
+    nats: &Nats,
+    measured: &mut Measured,
+) -> Result<()> {
+    let mut daemons = HashMap::new();
+    if !options.without_daemon {
+        for parallel in PARALLEL {
+            let daemon = Daemon::start(nats, slots(parallel), Delivery::Core).await?;
+            daemons.insert(parallel, daemon);
+        }
+    }
     eprintln!("bench: warm-up");
     for parallel in PARALLEL {
         for contender in Contender::all().into_iter().filter(|c| c.takes_part(parallel, options)) {
@@ -290,7 +323,7 @@ async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
     }
     if options.long && !options.without_daemon {
         let (jobs, slots) = (10_000, 5);
-        let mut daemon = Daemon::start(&nats, slots).await?;
+        let mut daemon = Daemon::start(nats, slots, Delivery::Core).await?;
         eprintln!("bench: burst of {jobs}");
         let (batch, took) = daemon.burst(jobs).await?;
         measured.lost += batch.lost;
@@ -306,7 +339,7 @@ async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
         engine.drained().await?;
         daemon.stop().await;
     }
-    Ok(measured)
+    Ok(())
 }
 
 /// Runs one block and waits until its last container is gone, which is part of its time: a contender that answers

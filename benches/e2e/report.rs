@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use crate::durability::{self, Durability, Figures, Round};
 use crate::stats::Samples;
 use crate::{Block, Contender, Measured};
 
@@ -16,11 +17,20 @@ struct Ratio {
 
 pub(crate) fn markdown(measured: &Measured) -> String {
     let mut out = String::new();
-    let _ = writeln!(out, "Environment: {}. {} rounds.\n", measured.environment, measured.rounds);
+    let _ = write!(out, "Environment: {}.", measured.environment);
+    if measured.rounds > 0 {
+        let _ = write!(out, " {} rounds.", measured.rounds);
+    }
+    let _ = writeln!(out, "\n");
     goals(&mut out, measured);
-    table(&mut out, measured);
-    ratios(&mut out, measured);
-    daemon(&mut out, measured);
+    if !measured.blocks.is_empty() {
+        table(&mut out, measured);
+        ratios(&mut out, measured);
+        daemon(&mut out, measured);
+    }
+    if let Some(durability) = &measured.durability {
+        deliveries(&mut out, durability);
+    }
     let _ = writeln!(
         out,
         "Jobs lost: {}. Jobs with a wrong result: {}.",
@@ -35,10 +45,28 @@ fn goals(out: &mut String, m: &Measured) {
         let verdict = match met {
             Some(true) => "met",
             Some(false) => "**not met**",
+            None if limit == "reported" => "–",
             None => "not measured",
         };
         let _ = writeln!(out, "| {goal} | {limit} | {value} | {verdict} |");
     };
+    if !m.blocks.is_empty() {
+        contenders(m, &mut row);
+    }
+    if let Some(d) = &m.durability {
+        durable(d, &mut row);
+    }
+    let _ = writeln!(
+        out,
+        "\nA ratio is the median over the rounds of the ratio within one round; in brackets, the lowest and the \
+         highest.\n"
+    );
+}
+
+/// What takes a row of the goals: the goal, its limit, what was measured, and whether that is met.
+type Row<'a> = &'a mut dyn FnMut(&str, String, String, Option<bool>);
+
+fn contenders(m: &Measured, row: Row<'_>) {
     // Whole cycle against whole cycle: what a caller waits for, whichever way.
     let against = [
         ("`docker run --rm`", Contender::Run, 0.45),
@@ -112,11 +140,103 @@ fn goals(out: &mut String, m: &Measured) {
             Some(b.lost == 0 && b.wrong == 0),
         );
     }
+}
+
+fn durable(d: &Durability, row: Row<'_>) {
+    let Durability { core, jetstream, .. } = d;
+    let ratio = over_rounds(d, |core, jetstream| jetstream.jobs_per_second / core.jobs_per_second);
+    row(
+        &format!(
+            "jobs/s with `DELIVERY=jetstream` against `core`, {} published at once, MAX_CONTAINERS={}",
+            durability::BURST,
+            durability::SLOTS
+        ),
+        "≥ 0.95".to_owned(),
+        show(Some(&ratio)),
+        Some(ratio.median >= 0.95),
+    );
+    let added = over_rounds(d, |core, jetstream| {
+        jetstream.around_engine.median() - core.around_engine.median()
+    });
+    row(
+        "p50 added by durability, publish to result without the engine's part, worker idle before each job",
+        "reported".to_owned(),
+        format!("{:.1} ms ({:.1}–{:.1})", added.median, added.low, added.high),
+        None,
+    );
+    row(
+        &format!(
+            "the daemon's own CPU per job with `DELIVERY=jetstream`, MAX_CONTAINERS={}",
+            durability::SLOTS
+        ),
+        "< 2 ms".to_owned(),
+        format!(
+            "{:.2} ms over {} jobs (core: {:.2} ms); {:.1} ms a second when idle (core: {:.1} ms)",
+            jetstream.cpu_ms_per_job,
+            jetstream.jobs,
+            core.cpu_ms_per_job,
+            jetstream.idle_cpu_ms,
+            core.idle_cpu_ms,
+        ),
+        Some(jetstream.cpu_ms_per_job < 2.0),
+    );
+    row(
+        &format!("resident after {} jobs with `DELIVERY=jetstream`", jetstream.jobs),
+        "< 30 MiB".to_owned(),
+        format!("{} (core: {})", mib(jetstream.usage.resident_kib), mib(core.usage.resident_kib)),
+        Some(jetstream.usage.resident_kib < 30 * 1024),
+    );
+}
+
+fn over_rounds(d: &Durability, of: impl Fn(&Round, &Round) -> f64) -> Ratio {
+    let rounds = d.core.rounds.iter().zip(&d.jetstream.rounds);
+    let all = Samples::from_values(rounds.map(|(core, jetstream)| of(core, jetstream)).collect());
+    Ratio { median: all.median(), low: all.min(), high: all.max() }
+}
+
+fn deliveries(out: &mut String, d: &Durability) {
     let _ = writeln!(
         out,
-        "\nA ratio is the median over the rounds of the ratio within one round; in brackets, the lowest and the \
-         highest.\n"
+        "\nWhat durable delivery costs, {} rounds, streams on {}:\n\n\
+         | `DELIVERY` | jobs/s, {} at once | jobs one at a time | p50 ms | p90 ms | p99 ms | without the engine's part, \
+         p50 ms | p90 ms | request stored, p50 ms | p99 ms | nats-server's CPU per job |\n\
+         |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        d.core.rounds.len(),
+        d.file_system,
+        durability::BURST,
     );
+    for figures in [&d.core, &d.jetstream] {
+        let Figures { rounds, confirmed, .. } = figures;
+        let rates = Samples::from_values(rounds.iter().map(|r| r.jobs_per_second).collect());
+        let (mut latency, mut around) = (Samples::default(), Samples::default());
+        for round in rounds {
+            latency.absorb(&round.latency);
+            around.absorb(&round.around_engine);
+        }
+        let stored = |p| {
+            if confirmed.len() > 0 {
+                format!("{:.1}", confirmed.percentile(p))
+            } else {
+                "–".to_owned()
+            }
+        };
+        let _ = writeln!(
+            out,
+            "| {} | {:.1} | {} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {} | {} | {:.2} ms |",
+            figures.delivery.name(),
+            rates.median(),
+            latency.len(),
+            latency.percentile(50.0),
+            latency.percentile(90.0),
+            latency.percentile(99.0),
+            around.percentile(50.0),
+            around.percentile(90.0),
+            stored(50.0),
+            stored(99.0),
+            figures.nats_cpu_ms_per_job,
+        );
+    }
+    let _ = writeln!(out);
 }
 
 fn table(out: &mut String, m: &Measured) {
