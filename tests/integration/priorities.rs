@@ -10,7 +10,7 @@ use crate::support::engine::Engine;
 use crate::support::jetstream::Events;
 use crate::support::nats::{NatsOptions, NatsVersion, round_trip};
 use crate::support::results::header;
-use crate::support::world::World;
+use crate::support::world::{Held, World, held};
 
 /// A world with streams on each kind of server, and one without.
 async fn worlds(settings: &[(&str, &str)]) -> Vec<World> {
@@ -102,7 +102,10 @@ async fn a_request_can_go_behind_where_it_was_sent_and_not_before() {
         // level first, and do not get in the way here; the sixteenth would, being the lowest level's.
         for (sent, asked) in [("normal", "low"), ("high", "low"), ("high", "normal")] {
             let before = if is_durable(&world) { delivered(&world, asked).await } else { 0 };
-            let held = world.hold().await;
+            // On the same level: what came to another one, and was not looked at, stays there.
+            let id = submit_to(&world, &subject(sent), held(json!({})), HeaderMap::new()).await;
+            let container = world.engine.running(&id).await;
+            let holding = Held { id, container };
             let request = json!({"parameter": "echo moved", "priority": asked});
             let moved = submit_to(&world, &subject(sent), request, HeaderMap::new()).await;
             let events = world.events(&moved).await;
@@ -111,7 +114,7 @@ async fn a_request_can_go_behind_where_it_was_sent_and_not_before() {
                 let request = json!({"parameter": "true"});
                 others.push(submit_to(&world, &subject(sent), request, HeaderMap::new()).await);
             }
-            world.release(&held).await;
+            world.release(&holding).await;
             let last = events.wait_for("ended").await;
             assert_eq!((&last["stdout"], &last["attempt"]), (&json!("moved\n"), &json!(1)));
             // From when it was first sent on.
