@@ -6,15 +6,15 @@ use std::time::Duration;
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::Context;
-use async_nats::jetstream::object_store::{GetErrorKind, ObjectInfo, ObjectOptions, ObjectStore};
+use async_nats::jetstream::object_store::{InfoErrorKind, ObjectInfo, ObjectOptions, ObjectStore};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE;
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
-use tokio::io::AsyncReadExt;
 
 use crate::job::{Failure, JobError, ObjectRef, Outcome, code};
 use crate::protocol::outcome::encoded_lengths;
+use crate::source::jetstream::{Place, Stored};
 
 /// How long the store may take for one object.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -160,37 +160,44 @@ impl Objects {
             let message = format!("stdin_object {name:?} could not be read: {why}");
             Failure::Transient(JobError::new(code::OBJECT_STORE, message))
         };
+        // The client library would follow a link, be it to a bucket that those who made it may not read,
+        // or to itself: so the parts are read here.
         let fetch = async {
-            // A link would be followed, be it to itself.
-            let described = self.store.info(name).await.ok().and_then(|info| info.options);
-            if described.is_some_and(|options| options.link.is_some()) {
-                return Err(rejected(format!("{name:?} is a link to another object")));
-            }
-            let object = self.store.get(name).await.map_err(|e| match e.kind() {
-                GetErrorKind::NotFound => {
+            let info = self.store.info(name).await.map_err(|e| match e.kind() {
+                InfoErrorKind::NotFound => {
                     rejected(format!("bucket {} has no object {name:?}", self.bucket))
                 }
-                GetErrorKind::InvalidName => rejected(format!("{name:?} is no object's name")),
+                InfoErrorKind::InvalidName => rejected(format!("{name:?} is no object's name")),
                 _ => trouble(&e),
             })?;
-            // Should it have become one since: the daemon may read buckets that others may not.
-            if object.info().bucket != self.bucket || object.info().name != name {
+            let links = info.options.is_some_and(|options| options.link.is_some());
+            if links || !info.nuid.bytes().all(|b| b.is_ascii_alphanumeric()) {
                 return Err(rejected(format!("{name:?} is a link to another object")));
             }
-            let size = object.info().size;
-            if size > self.limit {
+            if info.deleted {
+                return Err(rejected(format!("{name:?} was deleted")));
+            }
+            if info.size > self.limit {
                 return Err(rejected(format!(
-                    "{name:?} has {size} bytes, and OBJECT_LIMIT is {}",
-                    self.limit
+                    "{name:?} has {} bytes, and OBJECT_LIMIT is {}",
+                    info.size, self.limit
                 )));
             }
-            let mut bytes = Vec::with_capacity(size);
-            let mut object = object.take(self.limit as u64 + 1);
-            object.read_to_end(&mut bytes).await.map_err(|e| trouble(&e))?;
-            if bytes.len() == size {
+            let (stream, parts) = (format!("OBJ_{}", self.bucket), self.parts(&info.nuid));
+            let mut bytes = Vec::with_capacity(info.size);
+            let mut next = 1;
+            while bytes.len() < info.size {
+                let place = Place { seq: next, next_by_subj: Some(&parts) };
+                let part = Stored::read(&self.jetstream, &stream, place).await;
+                let Some(part) = part.map_err(|e| trouble(&e))? else { break };
+                bytes.extend_from_slice(&part.payload);
+                next = part.sequence + 1;
+            }
+            let digest = format!("SHA-256={}", URL_SAFE.encode(Sha256::digest(&bytes)));
+            if bytes.len() == info.size && info.digest.is_none_or(|given| given == digest) {
                 Ok(bytes)
             } else {
-                Err(trouble(&"it is not as long as its description says"))
+                Err(trouble(&"it is not what its description says"))
             }
         };
         let fetched = tokio::time::timeout(PATIENCE, fetch).await;
