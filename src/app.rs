@@ -291,7 +291,7 @@ async fn set_up(
         let bucket = &topology.names.objects;
         let store = jetstream.get_object_store(bucket).await;
         let store = store.map_err(|e| SetupError::Unavailable(e.to_string()))?;
-        Some(Objects::new(store, bucket.clone(), config.object_limit))
+        Some(Objects::new(jetstream.clone(), store, bucket.clone(), config.object_limit))
     } else {
         None
     };

@@ -1,9 +1,16 @@
 //! Big inputs and outputs: what does not fit into a message goes through JetStream's object store.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_nats::jetstream::object_store::{GetErrorKind, ObjectStore};
+use async_nats::HeaderMap;
+use async_nats::jetstream::Context;
+use async_nats::jetstream::object_store::{GetErrorKind, ObjectInfo, ObjectOptions, ObjectStore};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE;
+use bytes::Bytes;
+use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
 
 use crate::job::{Failure, JobError, ObjectRef, Outcome, code};
@@ -11,10 +18,13 @@ use crate::protocol::outcome::encoded_lengths;
 
 /// How long the store may take for one object.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Bytes of one part of an object, as client libraries choose it.
+const PART: usize = 128 << 10;
 
 /// The bucket of big inputs and outputs. Cheap to clone.
 #[derive(Clone)]
 pub struct Objects {
+    jetstream: Context,
     store: Arc<ObjectStore>,
     bucket: String,
     limit: usize,
@@ -23,8 +33,8 @@ pub struct Objects {
 impl Objects {
     /// The bucket `bucket`, for objects of at most `limit` bytes.
     #[must_use]
-    pub fn new(store: ObjectStore, bucket: String, limit: usize) -> Self {
-        Self { store: Arc::new(store), bucket, limit }
+    pub fn new(jetstream: Context, store: ObjectStore, bucket: String, limit: usize) -> Self {
+        Self { jetstream, store: Arc::new(store), bucket, limit }
     }
 
     /// The most bytes of an object.
@@ -66,15 +76,15 @@ impl Objects {
         let id = &outcome.id;
         // An attempt that lost its job must not replace what belongs to the one that counts.
         let name = format!("{id}/{}/{stream}", outcome.attempt);
-        let mut reader = bytes;
-        let put = self.store.put(name.as_str(), &mut reader);
+        let nuid = uuid::Uuid::now_v7().simple().to_string();
+        let put = self.put_parts(&name, &nuid, bytes);
         let error = match tokio::time::timeout(PATIENCE, put).await {
-            Ok(Ok(info)) => {
+            Ok(Ok(digest)) => {
                 return Some(ObjectRef {
                     bucket: self.bucket.clone(),
                     name,
-                    size: info.size as u64,
-                    digest: info.digest.unwrap_or_default(),
+                    size: bytes.len() as u64,
+                    digest,
                     truncated,
                 });
             }
@@ -82,7 +92,59 @@ impl Objects {
             Err(_) => "the object store took too long".to_owned(),
         };
         tracing::warn!(job = %id, stream, error, "the output could not be stored; it is cut");
+        self.forget_parts(&nuid).await;
         None
+    }
+
+    /// Stores an object as the object store's specification has it (ADR-20): its parts, then its
+    /// description. The client library does the same, and does not say what it leaves when it fails.
+    /// Returns the digest.
+    async fn put_parts(
+        &self,
+        name: &str,
+        nuid: &str,
+        bytes: &[u8],
+    ) -> Result<String, async_nats::Error> {
+        let parts = self.parts(nuid);
+        for part in bytes.chunks(PART) {
+            let part = Bytes::copy_from_slice(part);
+            self.jetstream.publish(parts.clone(), part).await?.await?;
+        }
+        let digest = format!("SHA-256={}", URL_SAFE.encode(Sha256::digest(bytes)));
+        let info = ObjectInfo {
+            name: name.to_owned(),
+            description: None,
+            metadata: HashMap::new(),
+            headers: None,
+            options: Some(ObjectOptions { link: None, max_chunk_size: Some(PART) }),
+            bucket: self.bucket.clone(),
+            nuid: nuid.to_owned(),
+            size: bytes.len(),
+            chunks: bytes.len().div_ceil(PART),
+            modified: None,
+            digest: Some(digest.clone()),
+            deleted: false,
+        };
+        let subject = format!("$O.{}.M.{}", self.bucket, URL_SAFE.encode(name));
+        let mut headers = HeaderMap::new();
+        headers.insert("Nats-Rollup", "sub");
+        let info = serde_json::to_vec(&info)?.into();
+        self.jetstream.publish_with_headers(subject, headers, info).await?.await?;
+        Ok(digest)
+    }
+
+    /// Gives back the room that the parts of an object take which could not be stored whole.
+    async fn forget_parts(&self, nuid: &str) {
+        let subject = format!("STREAM.PURGE.OBJ_{}", self.bucket);
+        let purge = serde_json::json!({"filter": self.parts(nuid)});
+        let purged: Result<serde_json::Value, _> = self.jetstream.request(subject, &purge).await;
+        if let Err(error) = purged {
+            tracing::debug!(%error, "the parts of an object stay until their time is over");
+        }
+    }
+
+    fn parts(&self, nuid: &str) -> String {
+        format!("$O.{}.C.{nuid}", self.bucket)
     }
 
     /// The object `name`, whole.
@@ -99,6 +161,11 @@ impl Objects {
             Failure::Transient(JobError::new(code::OBJECT_STORE, message))
         };
         let fetch = async {
+            // A link would be followed, be it to itself.
+            let described = self.store.info(name).await.ok().and_then(|info| info.options);
+            if described.is_some_and(|options| options.link.is_some()) {
+                return Err(rejected(format!("{name:?} is a link to another object")));
+            }
             let object = self.store.get(name).await.map_err(|e| match e.kind() {
                 GetErrorKind::NotFound => {
                     rejected(format!("bucket {} has no object {name:?}", self.bucket))
@@ -106,7 +173,7 @@ impl Objects {
                 GetErrorKind::InvalidName => rejected(format!("{name:?} is no object's name")),
                 _ => trouble(&e),
             })?;
-            // The daemon may read buckets that whoever made a link to them may not.
+            // Should it have become one since: the daemon may read buckets that others may not.
             if object.info().bucket != self.bucket || object.info().name != name {
                 return Err(rejected(format!("{name:?} is a link to another object")));
             }
