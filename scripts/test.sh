@@ -12,6 +12,7 @@ cd "$ROOT"
 
 LIMIT=40m
 WHAT=(--workspace)
+SOAK=
 case ${1-} in
 --long)
     shift
@@ -20,6 +21,7 @@ case ${1-} in
     ;;
 --soak)
     shift
+    SOAK=1
     export WORKER_SPAWNER_CHAOS_SECONDS="${WORKER_SPAWNER_CHAOS_SECONDS:-3600}"
     # The quiet period at the end waits for no more than so long.
     LIMIT=$((WORKER_SPAWNER_CHAOS_SECONDS + 1800))
@@ -77,25 +79,31 @@ need_cargo
 need nats-server docker-registry htpasswd busybox unshare nsenter ip iptables ps
 private_temporary_files
 current_nats_server
-engine_acquire
-at_exit engine_release
-at_exit remove_test_images
 at_exit remove_test_cgroups
+if [[ -z $SOAK ]]; then
+    engine_acquire
+    at_exit engine_release
+    at_exit remove_test_images
+    remove_test_images # of a run that was killed
+else
+    # The fault suite has an engine of its own.
+    need dockerd
+fi
 
 BEFORE="$(mktemp -p /tmp)"
 at_exit "rm -f '$BEFORE' '$BEFORE.now'"
-remove_test_images # of a run that was killed
 list_leftovers >"$BEFORE"
 
 limit_each_program
 say "tests"
 cargo test "${WHAT[@]}" --all-features --locked -- "$@"
-if [[ -x scripts/test-clients.sh && ${WHAT[0]} == --workspace ]]; then
-    say "client examples"
-    scripts/test-clients.sh
+if [[ -z $SOAK ]]; then
+    if [[ -x scripts/test-clients.sh ]]; then
+        say "client examples"
+        scripts/test-clients.sh
+    fi
+    remove_test_images
 fi
-
-remove_test_images
 # Removal follows the result, so the last container may be going while the tests end.
 if wait_until 20 nothing_new; then
     say "all tests passed, nothing left behind"
