@@ -449,6 +449,7 @@ impl Config {
             p.say("RECORD_TTL", "must not be shorter than QUEUE_MAX_AGE");
         }
         for (name, age) in [
+            ("RECORD_TTL", streams.record_ttl),
             ("RESULTS_MAX_AGE", streams.results_max_age),
             ("DEAD_LETTERS_MAX_AGE", streams.dead_letters_max_age),
         ] {
