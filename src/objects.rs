@@ -147,17 +147,17 @@ impl Objects {
         format!("$O.{}.C.{nuid}", self.bucket)
     }
 
-    /// The object `name`, whole.
+    /// The object `name`, whole; `what` is what asked for it.
     ///
     /// # Errors
     /// There is none, it is too big, or the store is in trouble.
-    pub async fn fetch(&self, name: &str) -> Result<Vec<u8>, Failure> {
+    pub async fn fetch(&self, what: &str, name: &str) -> Result<Vec<u8>, Failure> {
         let rejected = |why: String| {
-            let message = format!("stdin_object: {why}");
+            let message = format!("{what}: {why}");
             Failure::Rejected(JobError::new(code::STDIN_NOT_FOUND, message))
         };
         let trouble = |why: &dyn std::fmt::Display| {
-            let message = format!("stdin_object {name:?} could not be read: {why}");
+            let message = format!("{what} {name:?} could not be read: {why}");
             Failure::Transient(JobError::new(code::OBJECT_STORE, message))
         };
         // The client library would follow a link, be it to a bucket that those who made it may not read,

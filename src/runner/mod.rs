@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
+use bytes::Bytes;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -25,7 +26,7 @@ use crate::protocol::{Refusal, Request, Subjects, request};
 use crate::publish::{Publisher, Route};
 use crate::retry::Backoff;
 use crate::shutdown::Shutdown;
-use crate::source::{Delivery, JOB_TTL, Message, Settle, expiry};
+use crate::source::{Delivery, JOB_TTL, Message, REQUEST_OBJECT, Settle, expiry};
 use crate::state::{Opened, Records};
 
 use attempt::Attempt;
@@ -155,7 +156,20 @@ impl Runner {
     /// Takes a delivery to its outcome. The slot is held until the container is gone.
     pub async fn handle(&self, delivery: Delivery, slot: Slot) {
         let Delivery { message, settle } = delivery;
-        let (decoded, mut context) = self.decode(message, Instant::now());
+        let begun = Instant::now();
+        let (decoded, mut context) = match self.body(&message).await {
+            Ok(body) => self.decode(message, body, begun),
+            Err(Failure::Transient(error)) if settle.can_retry() => {
+                tracing::warn!(job = %message.id, %error, "the request could not be read yet; it is tried again");
+                let _ = settle.retry(ATTEMPTS.delay(message.attempt)).await;
+                return;
+            }
+            Err(failure) => {
+                let (_, context) = self.decode(message, None, begun);
+                let id = context.message.id.clone();
+                (Err(Refused { id, image: None, failure }), context)
+            }
+        };
         let (id, image) = match &decoded {
             Ok(request) => (request.job.id.clone(), Some(request.job.image.clone())),
             Err(refused) => (refused.id.clone(), refused.image.clone()),
@@ -185,7 +199,7 @@ impl Runner {
     /// Answers a message without running it.
     pub async fn refuse(&self, message: Message, error: JobError) {
         // What kind of request it is decides where the answer goes, even if it is a bad one.
-        let (decoded, mut context) = self.decode(message, Instant::now());
+        let (decoded, mut context) = self.decode(message, None, Instant::now());
         let (id, image, failure) = match decoded {
             Ok(Request { job, .. }) => {
                 // A request that was told to come back is no job yet.
@@ -219,7 +233,7 @@ impl Runner {
     /// the request is done with.
     pub async fn give_up(&self, message: Message) -> bool {
         let deliveries = message.attempt;
-        let (decoded, mut context) = self.decode(message, Instant::now());
+        let (decoded, mut context) = self.decode(message, None, Instant::now());
         let (id, image) = match decoded {
             Ok(Request { job, .. }) => (job.id, Some(job.image)),
             Err(Refused { id, image, .. }) => (id, image),
@@ -250,9 +264,32 @@ impl Runner {
         }
     }
 
-    fn decode(&self, message: Message, begun: Instant) -> (Result<Request, Refused>, Context) {
+    /// The body of a request that is kept as an object; nothing where the message is the request.
+    async fn body(&self, message: &Message) -> Result<Option<Bytes>, Failure> {
+        let Some(name) = message.headers.get(REQUEST_OBJECT) else { return Ok(None) };
+        self.object(REQUEST_OBJECT, name.as_str()).await.map(Some)
+    }
+
+    /// An object that a request speaks of; `what` says where.
+    async fn object(&self, what: &str, name: &str) -> Result<Bytes, Failure> {
+        let Some(objects) = &self.objects else {
+            let message = format!(
+                "{what}: this worker has no object store: it needs JetStream and an OBJECT_LIMIT above 0"
+            );
+            return Err(Failure::Rejected(JobError::new(code::STDIN_NOT_FOUND, message)));
+        };
+        objects.fetch(what, name).await.map(Bytes::from)
+    }
+
+    fn decode(
+        &self,
+        message: Message,
+        body: Option<Bytes>,
+        begun: Instant,
+    ) -> (Result<Request, Refused>, Context) {
         let Options { policy, subjects, .. } = &self.options;
-        let decoded = request::decode(&message.payload, &message.id, policy, subjects);
+        let payload = body.as_ref().unwrap_or(&message.payload);
+        let decoded = request::decode(payload, &message.id, policy, subjects);
         let asked = match &decoded {
             Ok(Request { reply_to, .. }) => reply_to,
             Err(refusal) => &refusal.reply_to,

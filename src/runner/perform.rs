@@ -129,11 +129,7 @@ impl Runner {
     /// The standard input that is kept as an object.
     async fn input(&self, name: Option<String>) -> Result<Option<Bytes>, Failure> {
         let Some(name) = name else { return Ok(None) };
-        let Some(objects) = &self.objects else {
-            let message = "stdin_object: this worker has no object store: it needs JetStream and an OBJECT_LIMIT above 0";
-            return Err(Failure::Rejected(JobError::new(code::STDIN_NOT_FOUND, message)));
-        };
-        objects.fetch(&name).await.map(|bytes| Some(bytes.into()))
+        self.object("stdin_object", &name).await.map(Some)
     }
 
     /// One attempt, with the record kept up to date beside it. There is no run where there was nothing

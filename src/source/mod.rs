@@ -16,6 +16,9 @@ use crate::job::{JobId, Priority};
 /// server stored it, or where it stores nothing, from when it was received.
 pub const JOB_TTL: &str = "Job-TTL";
 
+/// A header that names the object which is the request, where that is too big for a message.
+pub const REQUEST_OBJECT: &str = "Job-Request-Object";
+
 /// A request as it arrived.
 #[derive(Clone, Debug)]
 pub struct Message {

@@ -174,6 +174,28 @@ async fn an_answer_at_once_is_cut() {
     }
 }
 
+/// A request that is too big for a message, with all that is in it, comes as an object.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_whole_request_can_be_an_object() {
+    for world in durable_worlds(&[]).await {
+        let bucket = bucket(&world).await;
+        let file = "x".repeat(3 << 20);
+        let (id, request) = world.complete(json!({"parameter": "wc -c", "stdin": file}));
+        bucket.put("big", &mut request.to_string().as_bytes()).await.unwrap();
+        let mut headers = HeaderMap::new();
+        headers.insert("Job-Request-Object", "big");
+        world.ledger.offer("functions.execute", "".into(), headers.clone()).await.unwrap();
+        let ended = world.ended(&id).await;
+        assert_eq!(ended.text().trim(), (3 << 20).to_string(), "{}", ended.outcome);
+        headers.insert("Job-Request-Object", "not there");
+        headers.insert("Nats-Msg-Id", "nothing");
+        world.ledger.offer("functions.execute", "".into(), headers).await.unwrap();
+        let ended = world.ended("nothing").await;
+        assert_eq!((ended.status(), ended.code()), ("rejected", "request.stdin_not_found"));
+        world.clean().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn standard_input_can_be_an_object() {
     for world in durable_worlds(&[("OBJECT_LIMIT", "8MiB")]).await {

@@ -165,12 +165,16 @@ async fn end(rig: &mut Rig, history: &mut History, chronicle: &Chronicle) {
         Ok(left)
     })
     .await;
-    history.leftovers.extend(after);
     let shims = settled_within(SHIM, || async { Ok(rig.shims()) }).await;
-    // An engine that is killed while it makes a container forgets what it had begun: the shim stays,
-    // with nothing in it, of a container that neither the engine nor anybody else knows.
-    if chronicle.faults().contains_key(&Fault::EngineKilled.to_string()) {
-        history.forgotten = shims;
+    // An engine that is killed while it makes a container forgets what it had begun, and neither the
+    // engine nor anybody else knows of it any more: the shim stays, with nothing in it, or with the
+    // process that waits for the word to become the function and will never get it.
+    let engine_was_killed = chronicle.faults().contains_key(&Fault::EngineKilled.to_string());
+    let (begun, after): (Vec<_>, Vec<_>) =
+        after.into_iter().partition(|what| engine_was_killed && what.ends_with(": runc init"));
+    history.leftovers.extend(after);
+    if engine_was_killed {
+        history.forgotten = shims.into_iter().chain(begun).collect();
     } else {
         history.leftovers.extend(shims);
     }
