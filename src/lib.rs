@@ -29,6 +29,7 @@
 //! | [`admission`] | slots |
 //! | [`cancel`] | which jobs run here and can be cancelled |
 //! | [`backend`] | what runs a job; [`backend::docker`] is the one there is |
+//! | [`agent`] | the program that waits in a container, and how it is spoken to |
 //! | [`health`] | whether the engine is there, and the reaper's hours |
 //! | [`runner`] | one delivery to exactly one outcome |
 //! | [`state`] | job records, and who has the right to change one |
@@ -42,6 +43,7 @@
 //! | [`failpoint`](mod@failpoint) | where a test can have the daemon die |
 
 pub mod admission;
+pub mod agent;
 pub mod app;
 pub mod backend;
 pub mod cancel;
