@@ -95,6 +95,8 @@ BEFORE="$(mktemp -p /tmp)"
 at_exit "rm -f '$BEFORE' '$BEFORE.now'"
 list_leftovers >"$BEFORE"
 
+# The tests wait more than they work: for servers, for deadlines, for what must not happen.
+export RUST_TEST_THREADS="${RUST_TEST_THREADS:-4}"
 limit_each_program
 say "tests"
 cargo test "${WHAT[@]}" --all-features --locked -- "$@"

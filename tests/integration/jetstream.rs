@@ -894,7 +894,9 @@ async fn what_a_server_cannot_give_is_refused_by_name() {
 async fn a_request_does_not_wait_while_a_slot_is_free() {
     for version in NatsVersion::all() {
         let options = NatsOptions::durable(version);
-        let world = World::durable_with(options, Engine::shared().await, &[]).await;
+        // A busy machine may take long for each: there is a slot for all of them.
+        let settings = [("MAX_CONTAINERS", "50")];
+        let world = World::durable_with(options, Engine::shared().await, &settings).await;
         // For longer than a pull waits at the server, at all moments of its life and at all levels.
         let mut ids = Vec::new();
         for number in 0..50 {
@@ -909,7 +911,8 @@ async fn a_request_does_not_wait_while_a_slot_is_free() {
         for id in &ids {
             let outcome = world.ended(id).await.outcome;
             let waited = outcome["timings_ms"]["queue"].as_f64().unwrap();
-            if waited > 2000.0 {
+            // A request that was missed waits for the next pull, five seconds, or for ACK_WAIT.
+            if waited > 4500.0 {
                 slow.push(format!("{id}: {waited} ms"));
             }
         }
