@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_nats::jetstream;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::admission::Slots;
 use crate::backend::docker::{self, Docker};
@@ -143,6 +143,9 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     spawn(Box::pin(watch_engine(backend.clone(), health, suspected, unfit_found)));
     spawn(Box::pin(reap(backend.clone(), engine_up.clone(), config.reap_interval)));
     spawn(Box::pin(intake.clone().cancel(cancellations)));
+    // What is made ahead of time is for jobs to come.
+    let (tended, draining) = (backend.clone(), shutdown.draining.clone());
+    let tending = AbortOnDropHandle::new(tokio::spawn(async move { tended.tend(&draining).await }));
     let delivery = if durable.is_some() { "jetstream" } else { "core" };
     let ready = announce(connection.clone(), engine_up.clone(), config.clone(), worker, delivery);
     spawn(Box::pin(ready));
@@ -196,6 +199,8 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     let engine_is_up = *engine_up.borrow() == Health::Up;
     let tidy = async {
         if engine_is_up {
+            // It has brought to an end what it had begun, or broken down, which is as good here.
+            let _ = tending.await;
             // A start that was cut short may have left a container after its clean-up.
             if let Err(error) = backend.reap().await {
                 tracing::warn!(%error, "not all containers could be removed");
@@ -325,6 +330,7 @@ fn docker_options(config: &Config, worker: &str) -> docker::Options {
         docker: config.docker.clone(),
         images: config.images.clone(),
         confinement: config.confinement.clone(),
+        warm: config.warm.clone(),
         call_timeout: config.engine_timeout,
         stop_grace: config.stop_grace,
     }

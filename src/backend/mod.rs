@@ -9,9 +9,10 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::capture::Stream;
-use crate::job::{Failure, Job, PullProgress, StartKind};
+use crate::job::{Failure, Job, PullProgress, StartKind, Usage};
 
 /// An engine that runs functions in containers. Shared by all jobs of an instance.
 #[async_trait]
@@ -31,6 +32,10 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// Says what could not be looked at or removed; the rest was.
     async fn reap(&self) -> anyhow::Result<()>;
+
+    /// Keeps ready what makes jobs start sooner, beside them, until `enough`; then brings to an end
+    /// what it has begun, and returns.
+    async fn tend(&self, enough: &CancellationToken);
 
     /// Withdraws what this instance keeps in the engine for its own sake, at the end of its life.
     async fn retire(&self);
@@ -109,6 +114,10 @@ pub struct Exit {
     pub oom_killed: bool,
     /// Set where the function never began: its command could not be executed.
     pub not_started: Option<Failure>,
+    /// From its start to its end, where the engine's side measured that.
+    pub ran: Option<Duration>,
+    /// What it used, as far as that is known.
+    pub usage: Usage,
 }
 
 /// A signal to a function.

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::job::Limits;
 use crate::protocol::Subjects;
 use parse::{Problems, Servers};
 pub use secret::Secret;
@@ -51,6 +52,8 @@ pub struct Config {
     pub images: Images,
     /// How a function is confined.
     pub confinement: Confinement,
+    /// Containers that wait for jobs.
+    pub warm: Warm,
     /// `OUTPUT_LIMIT`: bytes kept of each output stream.
     pub output_limit: usize,
     /// `OBJECT_LIMIT`: bytes of one output stream, or of a standard input, that go through the
@@ -228,6 +231,22 @@ pub struct Confinement {
     pub tmpfs_bytes: u64,
 }
 
+/// Containers that wait for jobs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Warm {
+    /// `WARM_CONTAINERS`: how many wait at most; 0 for none.
+    pub containers: usize,
+    /// `WARM_IMAGES`: images that are kept warm from the start.
+    pub images: Vec<String>,
+    /// `WARM_IDLE_TIMEOUT`: how long other images stay warm after their last job.
+    pub idle_timeout: Duration,
+    /// The limits of containers of `images`: what jobs get that ask for none. The time is the longest
+    /// that any job may take.
+    pub limits: Limits,
+    /// The network of containers of `images`.
+    pub network: String,
+}
+
 /// The settings that were wrong, one line each.
 #[derive(Debug)]
 pub struct ConfigError {
@@ -302,6 +321,9 @@ struct Raw {
     container_runtime: Option<String>,
     readonly_rootfs: Option<String>,
     tmpfs_size: Option<String>,
+    warm_containers: Option<String>,
+    warm_images: Option<String>,
+    warm_idle_timeout: Option<String>,
     stop_grace: Option<String>,
     shutdown_grace: Option<String>,
     engine_timeout: Option<String>,
@@ -474,13 +496,33 @@ impl Config {
             p.stream_name("QUEUE_GROUP", &queue_group);
         }
 
+        let max_containers = p.number("MAX_CONTAINERS", raw.max_containers, 1..=10_000);
+        let warm = Warm {
+            containers: match raw.warm_containers {
+                None => max_containers,
+                given => p.number("WARM_CONTAINERS", given, 0..=10_000),
+            },
+            images: p.images("WARM_IMAGES", raw.warm_images),
+            idle_timeout: p.nonzero_duration("WARM_IDLE_TIMEOUT", raw.warm_idle_timeout),
+            limits: Limits {
+                timeout: policy.max_timeout,
+                memory_bytes: policy.memory_bytes,
+                cpus: policy.cpus,
+                pids: policy.pids,
+            },
+            network: policy.network.clone(),
+        };
+        if !warm.images.is_empty() && warm.containers < warm.images.len() {
+            p.say("WARM_CONTAINERS", "must not be less than the number of WARM_IMAGES");
+        }
+
         Self {
             nats,
             subjects: Subjects::new(&prefix),
             queue_group,
             delivery,
             streams,
-            max_containers: p.number("MAX_CONTAINERS", raw.max_containers, 1..=10_000),
+            max_containers,
             max_attempts,
             buffer_messages: p.number("BUFFER_MESSAGES", raw.buffer_messages, 1..=10_000_000),
             buffer_bytes: p.size("BUFFER_BYTES", raw.buffer_bytes, 64 << 10),
@@ -506,6 +548,7 @@ impl Config {
                 readonly_rootfs: p.boolean("READONLY_ROOTFS", raw.readonly_rootfs),
                 tmpfs_bytes: p.size("TMPFS_SIZE", raw.tmpfs_size, 1 << 12),
             },
+            warm,
             output_limit: p.size::<u32>("OUTPUT_LIMIT", raw.output_limit, 0) as usize,
             object_limit: p.size::<u32>("OBJECT_LIMIT", raw.object_limit, 0) as usize,
             live_logs: p.boolean("LIVE_LOGS", raw.live_logs),

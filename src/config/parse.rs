@@ -218,6 +218,17 @@ impl Problems {
         })
     }
 
+    pub(super) fn images(&mut self, name: &'static str, given: Option<String>) -> Vec<String> {
+        self.parse(name, given, |text| {
+            list(text)
+                .map(|image| match image.parse::<oci_spec::distribution::Reference>() {
+                    Ok(_) => Ok(image.to_owned()),
+                    Err(e) => Err(format!("expected image references: {image:?}: {e}")),
+                })
+                .collect()
+        })
+    }
+
     pub(super) fn log_filter(&mut self, name: &'static str, given: Option<String>) -> String {
         self.parse(name, given, |text| match tracing_subscriber::EnvFilter::builder().parse(text) {
             Ok(_) => Ok(text.to_owned()),

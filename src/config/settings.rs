@@ -128,6 +128,17 @@ pub const SETTINGS: &[Setting] = &[
     ),
     s("READONLY_ROOTFS", "true", "Whether everything but /tmp is read-only"),
     s("TMPFS_SIZE", "256MiB", "Size of /tmp, and of each tmpfs that covers an image's volume"),
+    s(
+        "WARM_CONTAINERS",
+        "",
+        "Containers that wait for jobs, beside MAX_CONTAINERS; empty for as many as those, 0 for none",
+    ),
+    s("WARM_IMAGES", "", "Images kept warm from the start, joined by commas"),
+    s(
+        "WARM_IDLE_TIMEOUT",
+        "5m",
+        "After how long without a job an image is not kept warm, unless WARM_IMAGES names it",
+    ),
     s("STOP_GRACE", "2s", "How long a function has between TERM and KILL"),
     s("SHUTDOWN_GRACE", "30s", "How long running functions may go on after SIGTERM"),
     s("ENGINE_TIMEOUT", "30s", "How long one call to the engine may take"),

@@ -20,7 +20,7 @@ use crate::backend::Backend;
 use crate::cancel::Cancels;
 use crate::capture::Captured;
 use crate::config::Policy;
-use crate::job::{self, Failure, JobError, JobId, Limits, Outcome, Status, Timings, Usage, code};
+use crate::job::{self, Failure, JobError, JobId, Limits, Outcome, Status, Timings, code};
 use crate::objects::Objects;
 use crate::protocol::{Refusal, Request, Subjects, request};
 use crate::publish::{Publisher, Route};
@@ -351,7 +351,7 @@ impl Runner {
             output: if ran_at_all { output } else { Captured::default() },
             objects: job::Objects::default(),
             live_logs_dropped: 0,
-            oom_killed: judged.exit.map(|exit| exit.oom_killed),
+            oom_killed: judged.exit.as_ref().map(|exit| exit.oom_killed),
             attempt: context.attempt,
             worker: self.options.worker.clone(),
             start: started.map(|s| s.kind),
@@ -363,10 +363,10 @@ impl Runner {
                 pull: started.map(|s| s.pull),
                 create: started.map(|s| s.create),
                 start: started.map(|s| s.start),
-                run: ran.filter(|_| ran_at_all),
+                run: judged.exit.as_ref().and_then(|exit| exit.ran).or(ran).filter(|_| ran_at_all),
                 total: Some(message.received.elapsed()),
             },
-            usage: Usage::default(),
+            usage: judged.exit.map(|exit| exit.usage).unwrap_or_default(),
         }
     }
 

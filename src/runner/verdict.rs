@@ -71,11 +71,11 @@ pub(super) fn expired(at: SystemTime) -> JobError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::Failure;
+    use crate::job::{Failure, Usage};
     use std::time::Duration;
 
     fn exit(code: i64, oom_killed: bool) -> Exit {
-        Exit { code, oom_killed, not_started: None }
+        Exit { code, oom_killed, not_started: None, ran: None, usage: Usage::default() }
     }
 
     #[test]

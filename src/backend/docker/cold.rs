@@ -2,11 +2,11 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
 use bollard::container::LogOutput;
 use bollard::errors::Error;
+use bollard::models::ContainerCreateBody;
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::future::BoxFuture;
@@ -15,10 +15,12 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Shared;
-use super::container::{Container, engine_lost};
-use crate::backend::{CleanupError, Event, Progress, Run, Signal, Started};
+use super::container::{Container, engine_lost, failure};
+use super::image::Image;
+use super::spec::{self, Marks};
+use crate::backend::{CleanupError, Event, Signal};
 use crate::capture::Stream;
-use crate::job::{Failure, Job, JobError, StartKind, code};
+use crate::job::{Failure, Job, JobError, code};
 
 /// How long the output may stay open after the exit. The engine closes it within milliseconds.
 const EOF_PATIENCE: Duration = Duration::from_secs(10);
@@ -29,6 +31,7 @@ const MAX_INIT_MESSAGE: usize = 8 << 10;
 pub(super) struct ColdRun {
     shared: Arc<Shared>,
     job: Job,
+    image: Arc<Image>,
     container: Container,
     output: Option<BoxStream<'static, Result<LogOutput, Error>>>,
     exit: Option<BoxFuture<'static, Result<i64, Failure>>>,
@@ -41,11 +44,12 @@ pub(super) struct ColdRun {
 }
 
 impl ColdRun {
-    pub(super) fn new(shared: Arc<Shared>, job: Job) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, job: Job, image: Arc<Image>) -> Self {
         Self {
-            container: Container::new(shared.clone(), &job),
+            container: Container::new(shared.clone(), job.id.as_str()),
             shared,
             job,
+            image,
             output: None,
             exit: None,
             exit_code: None,
@@ -72,27 +76,27 @@ impl ColdRun {
         }
         Some(Event::Output(stream, chunk))
     }
-}
 
-#[async_trait]
-impl Run for ColdRun {
-    async fn start(&mut self, progress: &Progress) -> Result<Started, Failure> {
+    /// Creates the container and starts the function. Returns how long each took.
+    pub(super) async fn start(&mut self) -> Result<(Duration, Duration), Failure> {
         let begun = Instant::now();
-        let image = self.shared.images.ensure(&self.job.image, progress).await?;
-        if self.job.args.is_empty() && !image.has_command {
-            return Err(Failure::Rejected(JobError::new(
-                code::IMAGE_NO_COMMAND,
-                format!(
-                    "{} names no command of its own; give one in the field parameter",
-                    self.job.image
-                ),
-            )));
-        }
-        let pulled = Instant::now();
-        self.container.create(&self.job, &image).await?;
-        let created = Instant::now();
-        crate::failpoint!("container.created");
-        let attached = self.container.start(&self.job).await?;
+        let body = self.body();
+        let turn = self.shared.turns.create();
+        let created = self.container.create(body).await;
+        drop(turn);
+        let created_at = Instant::now();
+        let started = async {
+            created?;
+            crate::failpoint!("container.created");
+            self.container.start(self.job.stdin.is_some()).await
+        };
+        let attached = started.await.map_err(|error| {
+            if error.is_not_found() {
+                // The image, or what was made of it, is gone, whatever was known of it.
+                self.shared.images.forget();
+            }
+            failure(error, &self.job)
+        })?;
         self.output = Some(attached.output);
         self.exit = Some(self.container.exit_code());
         self.stdin = self
@@ -100,16 +104,22 @@ impl Run for ColdRun {
             .stdin
             .take()
             .map(|stdin| AbortOnDropHandle::new(tokio::spawn(feed(attached.input, stdin))));
-        Ok(Started {
-            kind: StartKind::Cold,
-            at: SystemTime::now(),
-            pull: pulled - begun,
-            create: created - pulled,
-            start: created.elapsed(),
-        })
+        Ok((created_at - begun, created_at.elapsed()))
     }
 
-    async fn next(&mut self) -> Result<Event, Failure> {
+    fn body(&self) -> ContainerCreateBody {
+        let options = &self.shared.options;
+        let owner = self.shared.owner.labels();
+        let marks = Marks {
+            instance: &options.instance,
+            owner: &owner,
+            deadline: Container::create_deadline(&self.shared, self.job.limits.timeout),
+        };
+        spec::create_body(&self.job, &self.image, &options.confinement, marks)
+    }
+
+    /// As [`Run::next`](crate::backend::Run::next).
+    pub(super) async fn next(&mut self) -> Result<Event, Failure> {
         loop {
             match (&mut self.output, self.exit_code) {
                 (Some(output), Some(_)) => {
@@ -162,15 +172,15 @@ impl Run for ColdRun {
         }
     }
 
-    fn has_exited(&self) -> bool {
+    pub(super) fn has_exited(&self) -> bool {
         self.exit_code.is_some()
     }
 
-    fn signal(&self, signal: Signal) -> BoxFuture<'static, Result<(), Failure>> {
+    pub(super) fn signal(&self, signal: Signal) -> BoxFuture<'static, Result<(), Failure>> {
         self.container.signal(signal)
     }
 
-    async fn cleanup(&mut self) -> Result<(), CleanupError> {
+    pub(super) async fn cleanup(&mut self) -> Result<(), CleanupError> {
         // The attached stream first: an engine that cannot write to it holds on to the container.
         self.output = None;
         self.exit = None;

@@ -1,26 +1,27 @@
 //! One container, as the engine's API knows it: each step of its life is a method.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use bollard::Docker;
 use bollard::container::AttachContainerResults;
 use bollard::errors::Error;
-use bollard::models::ContainerInspectResponse;
+use bollard::models::{ContainerCreateBody, ContainerInspectResponse};
 use bollard::query_parameters::{
     AttachContainerOptions, ContainerArchiveInfoOptions, CreateContainerOptions,
-    InspectContainerOptions, KillContainerOptions, StartContainerOptions, WaitContainerOptions,
+    InspectContainerOptions, KillContainerOptions, RenameContainerOptions, StartContainerOptions,
+    WaitContainerOptions,
 };
 use futures::StreamExt;
 use futures::future::{BoxFuture, FutureExt};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::Shared;
 use super::engine::{CallError, Engine};
-use super::image::Image;
-use super::spec::{self, Marks};
+use super::spec;
 use crate::backend::{CleanupError, Exit, Signal};
-use crate::job::{Failure, Job, JobError, code};
+use crate::job::{Failure, Job, JobError, JobId, Limits, Usage, code};
 
 /// When to look again whether an exit with 137 was for want of memory: the kernel's notice and the
 /// exit reach the engine by different ways.
@@ -30,6 +31,8 @@ const KILLED: i64 = 128 + 9;
 /// How many places a command is looked for in, and for how long.
 const MAX_CANDIDATES: usize = 32;
 const LOOK_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a function runs before its container, made for none, is named after its job.
+const RENAME_AFTER: Duration = Duration::from_millis(300);
 /// Slack between a run's own deadline and the label that lets others remove its container.
 const DEADLINE_MARGIN: Duration = Duration::from_secs(60);
 
@@ -38,60 +41,91 @@ const DEADLINE_MARGIN: Duration = Duration::from_secs(60);
 pub(super) struct Container {
     shared: Arc<Shared>,
     name: String,
+    /// The name it gets once it serves a job, where it was made for none.
+    job_name: Option<String>,
+    /// What the engine calls it, whatever its name becomes.
+    id: OnceLock<String>,
     /// Whether a signal was asked for: an exit with 137 is then no riddle.
     signalled: AtomicBool,
 }
 
 impl Container {
-    /// A container that does not exist yet, for the job `id`. The reaper leaves it alone until
-    /// this value is dropped.
-    pub(super) fn new(shared: Arc<Shared>, job: &Job) -> Self {
-        let unique = uuid::Uuid::now_v7().as_u64_pair().1;
-        let name = format!("worker-spawner-{}-{:08x}", job.id, unique & 0xffff_ffff);
+    /// A container that does not exist yet, named after `purpose`: a job's id, or what it is kept
+    /// for. The reaper leaves it alone until this value is dropped.
+    pub(super) fn new(shared: Arc<Shared>, purpose: &str) -> Self {
+        let name = name_for(purpose);
         shared.live().insert(name.clone());
-        Self { shared, name, signalled: false.into() }
+        Self { shared, name, job_name: None, id: OnceLock::new(), signalled: false.into() }
     }
 
     fn engine(&self) -> &Engine {
         &self.shared.engine
     }
 
-    pub(super) async fn create(&self, job: &Job, image: &Image) -> Result<(), Failure> {
-        let options = &self.shared.options;
-        let lifetime = job.limits.timeout + options.stop_grace + 2 * options.call_timeout;
-        let owner = self.shared.owner.labels();
-        let marks = Marks {
-            instance: &options.instance,
-            owner: &owner,
-            deadline: SystemTime::now() + lifetime + DEADLINE_MARGIN,
-        };
-        let body = spec::create_body(job, image, &options.confinement, marks);
+    /// What to call it in calls to the engine.
+    pub(super) fn handle(&self) -> String {
+        self.id.get().unwrap_or(&self.name).clone()
+    }
+
+    /// What is on the labels of a container that may live for `lifetime` beyond the calls that make
+    /// and end it.
+    pub(super) fn create_deadline(shared: &Shared, lifetime: Duration) -> SystemTime {
+        let options = &shared.options;
+        let calls = options.stop_grace + 2 * options.call_timeout;
+        SystemTime::now() + lifetime + calls + DEADLINE_MARGIN
+    }
+
+    /// Creates it.
+    pub(super) async fn create(&self, body: ContainerCreateBody) -> Result<(), CallError> {
         let query = CreateContainerOptions { name: Some(self.name.clone()), ..Default::default() };
-        let turn = self.shared.turns.create();
         let create = |d: Docker| async move { d.create_container(Some(query), body).await };
-        let created = self.engine().call("create the container", create).await;
-        drop(turn);
-        created.map(|_| ()).map_err(|e| failure(e, job))
+        let created = self.engine().call("create the container", create).await?;
+        // It is created once.
+        let _ = self.id.set(created.id);
+        Ok(())
     }
 
     /// Attaches, then starts: what a function prints in its first milliseconds is lost otherwise.
-    pub(super) async fn start(&self, job: &Job) -> Result<AttachContainerResults, Failure> {
-        let name = &self.name;
+    pub(super) async fn start(&self, stdin: bool) -> Result<AttachContainerResults, CallError> {
+        let name = &self.handle();
         let query = AttachContainerOptions {
             stream: true,
-            stdin: job.stdin.is_some(),
+            stdin,
             stdout: true,
             stderr: true,
             ..Default::default()
         };
         let attach = |d: Docker| async move { d.attach_container(name, Some(query)).await };
-        let attached = self.engine().call("attach to the container", attach).await;
-        let attached = attached.map_err(|e| failure(e, job))?;
+        let attached = self.engine().call("attach to the container", attach).await?;
         let options = None::<StartContainerOptions>;
         let start = |d: Docker| async move { d.start_container(name, options).await };
-        let started = self.engine().call("start the container", start).await;
-        started.map_err(|e| failure(e, job))?;
+        self.engine().call("start the container", start).await?;
         Ok(attached)
+    }
+
+    /// Gives it other limits than it was created with.
+    pub(super) async fn limit(&self, limits: &Limits) -> Result<(), CallError> {
+        let (body, handle) = (spec::update_body(limits), self.handle());
+        let update = |d: Docker| async move { d.update_container(&handle, body).await };
+        self.engine().call("change the container's limits", update).await
+    }
+
+    /// Gives it to a job, whose name it gets by and by: by then a name is of use to those who look,
+    /// and whoever waits for a short function does not wait for it. The renaming ends with what comes
+    /// back.
+    pub(super) fn serve(&mut self, id: &JobId) -> AbortOnDropHandle<()> {
+        let name = name_for(id.as_str());
+        self.shared.live().insert(name.clone());
+        self.job_name = Some(name.clone());
+        let (engine, handle) = (self.engine().clone(), self.handle());
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            tokio::time::sleep(RENAME_AFTER).await;
+            let query = RenameContainerOptions { name };
+            let rename = |d: Docker| async move { d.rename_container(&handle, query).await };
+            if let Err(error) = engine.call("rename the container", rename).await {
+                tracing::debug!(%error, "a container keeps the name it had before it served");
+            }
+        }))
     }
 
     /// Waits for the container's exit code.
@@ -99,7 +133,7 @@ impl Container {
     /// `not-running` returns at once for a container that has ended already; it is asked for only
     /// after a successful start, since before one it would return at once, too.
     pub(super) fn exit_code(&self) -> BoxFuture<'static, Result<i64, Failure>> {
-        let (engine, name) = (self.engine().clone(), self.name.clone());
+        let (engine, name) = (self.engine().clone(), self.handle());
         async move {
             let query = WaitContainerOptions { condition: "not-running".to_owned() };
             let mut exits = engine.docker()?.wait_container(&name, Some(query));
@@ -118,7 +152,7 @@ impl Container {
 
     pub(super) fn signal(&self, signal: Signal) -> BoxFuture<'static, Result<(), Failure>> {
         self.signalled.store(true, Ordering::Relaxed);
-        let (engine, name) = (self.engine().clone(), self.name.clone());
+        let (engine, name) = (self.engine().clone(), self.handle());
         let signal = match signal {
             Signal::Term => "SIGTERM",
             Signal::Kill => "SIGKILL",
@@ -135,7 +169,7 @@ impl Container {
     }
 
     pub(super) async fn remove(&self) -> Result<(), CleanupError> {
-        let Err(error) = self.shared.remove(&self.name).await else {
+        let Err(error) = self.shared.remove(&self.handle()).await else {
             return Ok(());
         };
         let may_be_running = match self.inspect().await {
@@ -146,8 +180,8 @@ impl Container {
     }
 
     async fn inspect(&self) -> Result<ContainerInspectResponse, CallError> {
-        let query = None::<InspectContainerOptions>;
-        let inspect = |d: Docker| async move { d.inspect_container(&self.name, query).await };
+        let (query, handle) = (None::<InspectContainerOptions>, self.handle());
+        let inspect = |d: Docker| async move { d.inspect_container(&handle, query).await };
         self.engine().call("inspect the container", inspect).await
     }
 
@@ -174,7 +208,13 @@ impl Container {
             inspected = self.inspect().await.map_err(gone)?;
         }
         let not_started = self.not_started(code, init_message, &inspected).await;
-        Ok(Exit { code, oom_killed: oom(&inspected), not_started })
+        Ok(Exit {
+            code,
+            oom_killed: oom(&inspected),
+            not_started,
+            ran: None,
+            usage: Usage::default(),
+        })
     }
 
     /// Whether the exit is the init process' word that it could not execute the command, and not
@@ -230,7 +270,7 @@ impl Container {
 
     async fn stat(&self, path: String) -> Option<File> {
         let query = ContainerArchiveInfoOptions { path };
-        let name = &self.name;
+        let name = &self.handle();
         let stat = |d: Docker| async move { d.get_container_archive_info(name, Some(query)).await };
         let stat = self.engine().call("look for the command", stat).await.ok()?;
         Some(File { mode: stat.file_mode, link_target: stat.link_target })
@@ -276,8 +316,17 @@ fn candidates(command: &str, dir: &str, env: &[String]) -> Vec<String> {
 impl Drop for Container {
     /// A container that was not removed is the reaper's from here on.
     fn drop(&mut self) {
-        self.shared.live().remove(&self.name);
+        let mut live = self.shared.live();
+        live.remove(&self.name);
+        if let Some(name) = &self.job_name {
+            live.remove(name);
+        }
     }
+}
+
+fn name_for(purpose: &str) -> String {
+    let unique = uuid::Uuid::now_v7().as_u64_pair().1;
+    format!("worker-spawner-{purpose}-{:08x}", unique & 0xffff_ffff)
 }
 
 /// The failure of a run whose engine went away: nothing is known of the function's end.
@@ -292,7 +341,7 @@ fn vanished() -> Failure {
 }
 
 /// An engine's refusal to create or start a container, put down to whom it is due to.
-fn failure(error: CallError, job: &Job) -> Failure {
+pub(super) fn failure(error: CallError, job: &Job) -> Failure {
     match &error {
         CallError::Refused { status, message, .. } => {
             refusal(*status, message, job).unwrap_or_else(|| error.into())

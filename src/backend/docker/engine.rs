@@ -45,13 +45,18 @@ impl CallError {
         matches!(self, Self::Refused { status: 404, .. })
     }
 
+    /// The engine answered, and said no.
+    pub(super) fn is_refusal(&self) -> bool {
+        matches!(self, Self::Refused { .. })
+    }
+
     /// The state the call asked for holds already (304), or cannot hold any more (409): a
     /// container that has stopped, a removal under way.
     pub(super) fn is_conflict(&self) -> bool {
         matches!(self, Self::Refused { status: 304 | 409, .. })
     }
 
-    fn from_bollard(action: &'static str, error: Error) -> Self {
+    pub(super) fn from_bollard(action: &'static str, error: Error) -> Self {
         match error {
             Error::DockerResponseServerError { status_code, message } => {
                 Self::Refused { action, status: status_code, message }

@@ -2,15 +2,15 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use bollard::errors::Error;
-use bollard::query_parameters::CreateImageOptions;
-use futures::TryStreamExt;
+use bollard::query_parameters::{CreateImageOptions, EventsOptions};
 use futures::future::{BoxFuture, FutureExt, Shared};
+use futures::{StreamExt, TryStreamExt};
 use oci_spec::distribution::Reference;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::credentials;
 use super::engine::{CallError, Engine};
@@ -27,8 +27,23 @@ pub(super) struct Image {
     pub(super) id: String,
     /// Paths the image declares as volumes.
     pub(super) volumes: Vec<String>,
+    /// Its entry point, to which arguments are added.
+    pub(super) entrypoint: Vec<String>,
+    /// The arguments where a request gives none.
+    pub(super) cmd: Vec<String>,
+}
+
+impl Image {
     /// Whether it names an entry point or a command of its own.
-    pub(super) has_command: bool,
+    pub(super) fn has_command(&self) -> bool {
+        !self.entrypoint.is_empty() || !self.cmd.is_empty()
+    }
+
+    /// The whole command line of a function that was given `args`, as an engine composes it.
+    pub(super) fn command_line(&self, args: &[String]) -> Vec<String> {
+        let args = if args.is_empty() { &self.cmd } else { args };
+        self.entrypoint.iter().chain(args).cloned().collect()
+    }
 }
 
 /// The engine's images, and the pulls under way.
@@ -40,7 +55,23 @@ pub(super) struct Store {
     /// Where the registries' credentials are.
     config_dir: Option<PathBuf>,
     pulls: Arc<Mutex<HashMap<String, Pull>>>,
+    known: Mutex<Known>,
 }
+
+/// What the engine said of images, for as long as it says when that changes.
+#[derive(Default)]
+struct Known {
+    images: HashMap<String, Arc<Image>>,
+    /// Whether changes are heard of.
+    heard: bool,
+    /// Counts the changes.
+    generation: u64,
+}
+
+/// The most images that are remembered.
+const MAX_KNOWN: usize = 1024;
+/// How far back changes are asked for: the engine's clock may be another than ours.
+const HINDSIGHT: Duration = Duration::from_secs(60);
 
 /// A pull under way; all who wait for it get its result, and see how far it is.
 #[derive(Clone)]
@@ -62,11 +93,16 @@ impl Store {
             pull_timeout: settings.pull_timeout,
             config_dir,
             pulls: Arc::default(),
+            known: Mutex::default(),
         })
     }
 
     /// The image `name`, pulled where the policy says so. A pull is told to `progress`.
-    pub(super) async fn ensure(&self, name: &str, progress: &Progress) -> Result<Image, Failure> {
+    pub(super) async fn ensure(
+        &self,
+        name: &str,
+        progress: &Progress,
+    ) -> Result<Arc<Image>, Failure> {
         let reference = normalise(name).ok_or_else(|| {
             Failure::Rejected(JobError::new(
                 code::INVALID_FIELD,
@@ -82,6 +118,8 @@ impl Store {
         }
         if self.policy == PullPolicy::Always {
             self.pull(&reference, progress).await?;
+        } else if let Some(image) = self.known().images.get(&full) {
+            return Ok(image.clone());
         }
         match self.inspect(&full).await {
             Err(e) if e.is_not_found() => {}
@@ -97,19 +135,86 @@ impl Store {
         self.inspect(&full).await.map_err(Failure::from)
     }
 
-    async fn inspect(&self, full: &str) -> Result<Image, CallError> {
+    /// The image `name` as the engine has it, pulled only where it has none: whatever the policy, what
+    /// is kept ready is looked at often, and pulled for those who ask for it.
+    pub(super) async fn provide(&self, name: &str) -> Result<Arc<Image>, Failure> {
+        let full = normalise(name).map(|reference| reference.whole());
+        let full = full.filter(|full| self.allowed.allows(full));
+        if let Some(full) = full
+            && let Ok(image) = self.inspect(&full).await
+        {
+            return Ok(image);
+        }
+        let (progress, _) = watch::channel(None);
+        self.ensure(name, &progress).await
+    }
+
+    async fn inspect(&self, full: &str) -> Result<Arc<Image>, CallError> {
+        let generation = self.known().generation;
         let image = self
             .engine
             .call("inspect the image", |d| async move { d.inspect_image(full).await })
             .await?;
         let config = image.config.unwrap_or_default();
-        let given = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|l| !l.is_empty());
-        Ok(Image {
-            has_command: given(&config.entrypoint) || given(&config.cmd),
+        let image = Arc::new(Image {
+            entrypoint: config.entrypoint.unwrap_or_default(),
+            cmd: config.cmd.unwrap_or_default(),
             volumes: config.volumes.unwrap_or_default(),
             // An engine that tells no id is asked for the reference again.
             id: image.id.unwrap_or_else(|| full.to_owned()),
-        })
+        });
+        let mut known = self.known();
+        if known.heard && known.generation == generation && known.images.len() < MAX_KNOWN {
+            known.images.insert(full.to_owned(), image.clone());
+        }
+        Ok(image)
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        // A map is whole whatever its last holder did.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets what is known of images: one of them is not as it was.
+    pub(super) fn forget(&self) {
+        let mut known = self.known();
+        known.images.clear();
+        known.generation += 1;
+    }
+
+    /// Remembers images for as long as the engine tells of their changes, so that a job need not ask
+    /// for its own. `changed` is told of each. Returns when the engine is not heard any more.
+    pub(super) async fn listen(&self, changed: &Notify) -> CallError {
+        let since = SystemTime::now().checked_sub(HINDSIGHT).unwrap_or(SystemTime::UNIX_EPOCH);
+        let since = since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let options = EventsOptions {
+            // What happens before the engine has answered is told as well.
+            since: Some(since.as_secs().to_string()),
+            filters: Some(HashMap::from([("type".to_owned(), vec!["image".to_owned()])])),
+            ..EventsOptions::default()
+        };
+        let docker = match self.engine.docker() {
+            Ok(docker) => docker,
+            Err(error) => return error,
+        };
+        let mut events = std::pin::pin!(docker.events(Some(options)));
+        let _deaf = OnDrop(|| {
+            self.known().heard = false;
+            self.forget();
+        });
+        self.known().heard = true;
+        loop {
+            match events.next().await {
+                Some(Ok(_)) => {
+                    self.forget();
+                    changed.notify_one();
+                }
+                Some(Err(error)) => return CallError::from_bollard("tell of images", error),
+                None => {
+                    return CallError::Unreachable { why: "it tells no more".to_owned() };
+                }
+            }
+        }
     }
 
     /// Joins the pull of this reference that is under way, or begins one.

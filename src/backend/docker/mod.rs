@@ -1,29 +1,39 @@
-//! The Docker backend: a fresh container for every job, through the engine's API.
+//! The Docker backend: a fresh container for every job, through the engine's API. One that was started
+//! ahead of time where there is one, else one that is made for the job.
 
 mod cold;
 mod container;
 mod credentials;
 mod engine;
 mod image;
+mod job_run;
 mod owner;
 mod progress;
 mod reap;
 mod reference;
 mod spec;
 mod turns;
+mod warm;
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bollard::query_parameters::RemoveContainerOptions;
+use tokio_util::sync::CancellationToken;
 
 use super::{Backend, PreflightError, Run};
 use crate::config::{self, Confinement, Images};
 use crate::job::Job;
+use crate::retry::Backoff;
 use engine::{CallError, Engine};
 
 pub use reference::AllowList;
+
+/// Delays between tries to hear of the engine's images.
+const LISTEN_AGAIN: Backoff =
+    Backoff { first: Duration::from_millis(250), most: Duration::from_secs(5) };
 
 /// What the Docker backend needs to know.
 #[derive(Clone, Debug)]
@@ -37,9 +47,11 @@ pub struct Options {
     /// How functions are confined.
     pub confinement: Confinement,
     /// How long one call to the engine may take.
-    pub call_timeout: std::time::Duration,
+    pub call_timeout: Duration,
+    /// Containers that wait for jobs.
+    pub warm: config::Warm,
     /// How long a function may take from TERM to KILL; part of a container's deadline label.
-    pub stop_grace: std::time::Duration,
+    pub stop_grace: Duration,
 }
 
 /// Runs jobs in containers of a Docker engine.
@@ -56,6 +68,7 @@ struct Shared {
     /// Names of the containers that a run still sees to.
     live: Mutex<HashSet<String>>,
     turns: turns::Turns,
+    pool: warm::Pool,
     heartbeats: tokio::sync::Mutex<owner::Heartbeats>,
 }
 
@@ -71,6 +84,7 @@ impl Docker {
         let owner = owner::Identity::of_this_process();
         let live = Mutex::default();
         let turns = turns::Turns::new();
+        let pool = warm::Pool::new(options.warm.clone());
         Ok(Self {
             shared: Arc::new(Shared {
                 engine,
@@ -79,6 +93,7 @@ impl Docker {
                 owner,
                 live,
                 turns,
+                pool,
                 heartbeats: tokio::sync::Mutex::default(),
             }),
         })
@@ -122,14 +137,31 @@ impl Backend for Docker {
     }
 
     fn prepare(&self, job: Job) -> Box<dyn Run> {
-        Box::new(cold::ColdRun::new(self.shared.clone(), job))
+        Box::new(job_run::JobRun::new(self.shared.clone(), job))
     }
 
     async fn reap(&self) -> anyhow::Result<()> {
         reap::sweep(&self.shared).await
     }
 
+    async fn tend(&self, enough: &CancellationToken) {
+        let changed = tokio::sync::Notify::new();
+        let listen = async {
+            for failures in 1.. {
+                let error = self.shared.images.listen(&changed).await;
+                tracing::debug!(%error, "changes of images are not heard of; the engine is asked for each job's");
+                tokio::time::sleep(LISTEN_AGAIN.delay(failures)).await;
+            }
+        };
+        tokio::select! {
+            () = listen => {}
+            () = self.shared.pool.tend(&self.shared, &changed, enough) => {}
+        }
+    }
+
     async fn retire(&self) {
+        self.shared.pool.withdraw(&self.shared).await;
+        tracing::debug!(counters = %self.shared.pool.counters, "warm containers");
         self.shared.owner.withdraw(&self.shared.engine).await;
     }
 }

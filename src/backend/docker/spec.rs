@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::time::SystemTime;
 
 use bollard::models::{
-    ContainerCreateBody, HealthConfig, HostConfig, HostConfigLogConfig, ResourcesUlimits,
+    ContainerCreateBody, ContainerUpdateBody, HealthConfig, HostConfig, HostConfigLogConfig, Mount,
+    MountType, MountVolumeOptions, ResourcesUlimits,
 };
 
 use super::image::Image;
 use crate::config::Confinement;
-use crate::job::Job;
+use crate::job::{Job, Limits};
 use crate::protocol::time::rfc3339;
 
 /// Label: the job's id.
@@ -18,8 +19,15 @@ pub(super) const LABEL_JOB_ID: &str = "worker-spawner.job-id";
 pub(super) const LABEL_INSTANCE: &str = "worker-spawner.instance";
 /// Label: the image, as the request named it.
 pub(super) const LABEL_IMAGE: &str = "worker-spawner.image";
+/// Label: the container was made for no job in particular.
+pub(super) const LABEL_WARM: &str = "worker-spawner.warm";
 /// Label: when the container should be gone at the latest, in RFC 3339.
 pub(super) const LABEL_DEADLINE: &str = "worker-spawner.deadline";
+
+/// Where the agent's volume is in a container that waits for a job.
+pub(super) const AGENT_DIR: &str = "/.worker-spawner";
+/// The agent in it.
+pub(super) const AGENT_PATH: &str = "/.worker-spawner/agent";
 
 /// Length of the period over which the kernel shares out processor time, in microseconds: the
 /// kernel's own default.
@@ -76,11 +84,7 @@ pub(super) fn create_body(
             memory_swap: Some(memory),
             // A quota rather than `NanoCpus`, which engines refuse beyond what they have.
             cpu_period: Some(CPU_PERIOD_US),
-            #[expect(
-                clippy::cast_possible_truncation,
-                reason = "bounded by the policy: 1024 processors"
-            )]
-            cpu_quota: Some((job.limits.cpus * CPU_PERIOD_US as f64) as i64),
+            cpu_quota: Some(cpu_quota(&job.limits)),
             pids_limit: Some(signed(job.limits.pids)),
             ulimits: Some(vec![ulimit("nofile", NOFILE), ulimit("core", (0, 0))]),
             cap_drop: Some(vec!["ALL".to_owned()]),
@@ -95,6 +99,66 @@ pub(super) fn create_body(
         }),
         ..ContainerCreateBody::default()
     }
+}
+
+/// The create body of a container that waits for a job like `job`, which is nobody's: with the agent
+/// as its first process, in place of the init process and the function, and otherwise the same.
+///
+/// The agent comes from `volume`. It is spoken to through standard input, whose end is its own.
+pub(super) fn waiting_body(
+    job: &Job,
+    image: &Image,
+    confinement: &Confinement,
+    marks: Marks<'_>,
+    volume: &str,
+) -> ContainerCreateBody {
+    let body = create_body(job, image, confinement, marks);
+    let host = body.host_config.unwrap_or_default();
+    let mut labels = body.labels.unwrap_or_default();
+    labels.remove(LABEL_JOB_ID);
+    labels.insert(LABEL_WARM.to_owned(), String::new());
+    ContainerCreateBody {
+        labels: Some(labels),
+        entrypoint: Some(vec![AGENT_PATH.to_owned()]),
+        cmd: None,
+        attach_stdin: Some(true),
+        open_stdin: Some(true),
+        stdin_once: Some(true),
+        host_config: Some(HostConfig {
+            init: Some(false),
+            mounts: Some(vec![Mount {
+                typ: Some(MountType::VOLUME),
+                source: Some(volume.to_owned()),
+                target: Some(AGENT_DIR.to_owned()),
+                read_only: Some(true),
+                volume_options: Some(MountVolumeOptions {
+                    no_copy: Some(true),
+                    ..MountVolumeOptions::default()
+                }),
+                ..Mount::default()
+            }]),
+            ..host
+        }),
+        ..body
+    }
+}
+
+/// The body of the call that gives a container these limits, whatever it was created with.
+pub(super) fn update_body(limits: &Limits) -> ContainerUpdateBody {
+    let memory = signed(limits.memory_bytes);
+    ContainerUpdateBody {
+        memory: Some(memory),
+        memory_swap: Some(memory),
+        cpu_period: Some(CPU_PERIOD_US),
+        cpu_quota: Some(cpu_quota(limits)),
+        pids_limit: Some(signed(limits.pids)),
+        ..ContainerUpdateBody::default()
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "bounded by the policy: 1024 processors")]
+fn cpu_quota(limits: &Limits) -> i64 {
+    (limits.cpus * CPU_PERIOD_US as f64) as i64
 }
 
 fn labels(job: &Job, marks: Marks<'_>) -> HashMap<String, String> {
@@ -133,7 +197,6 @@ fn signed(n: u64) -> i64 {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::job::Limits;
     use std::time::Duration;
 
     fn job() -> Job {
@@ -187,6 +250,39 @@ mod tests {
         assert_eq!(body.healthcheck.unwrap().test, Some(vec!["NONE".to_owned()]));
         assert_eq!((body.open_stdin, body.tty), (Some(false), Some(false)));
         assert!(host.privileged.is_none() && host.binds.is_none() && host.cap_add.is_none());
+    }
+
+    #[test]
+    fn a_waiting_container_differs_in_its_first_process_alone() {
+        let image = Image { volumes: vec!["/data".to_owned()], ..Image::default() };
+        let marks = Marks { instance: "i", owner: &[], deadline: SystemTime::UNIX_EPOCH };
+        let cold = create_body(&job(), &image, &confinement(), marks);
+        let mut waiting = waiting_body(&job(), &image, &confinement(), marks, "v");
+        let labels = waiting.labels.as_mut().unwrap();
+        assert!(labels.remove(LABEL_WARM).is_some());
+        assert!(labels.insert(LABEL_JOB_ID.to_owned(), "j".to_owned()).is_none());
+        let mounts = waiting.host_config.as_mut().unwrap().mounts.take().unwrap();
+        assert_eq!(mounts.len(), 1);
+        assert_eq!(mounts[0].read_only, Some(true));
+        assert_eq!(mounts[0].source.as_deref(), Some("v"));
+        assert_eq!(waiting.entrypoint.take(), Some(vec![AGENT_PATH.to_owned()]));
+        assert_eq!((waiting.open_stdin, waiting.stdin_once), (Some(true), Some(true)));
+        waiting.host_config.as_mut().unwrap().init = Some(true);
+        for stdin in [&mut waiting.attach_stdin, &mut waiting.open_stdin, &mut waiting.stdin_once] {
+            *stdin = Some(false);
+        }
+        assert_eq!(waiting, cold);
+    }
+
+    #[test]
+    fn limits_are_the_same_at_creation_and_later() {
+        let host = body(&job(), &Image::default(), &confinement()).host_config.unwrap();
+        let update = update_body(&job().limits);
+        assert_eq!(
+            (update.memory, update.memory_swap, update.pids_limit),
+            (host.memory, host.memory_swap, host.pids_limit)
+        );
+        assert_eq!((update.cpu_period, update.cpu_quota), (host.cpu_period, host.cpu_quota));
     }
 
     #[test]

@@ -16,6 +16,8 @@ const LINGER: Duration = Duration::from_millis(2);
 /// How long creations may hold a removal up: a few of them, one after the other. Removals free
 /// slots, and under full load, when a creation is always under way, they must not wait for long.
 const MAX_YIELD: Duration = Duration::from_millis(20);
+/// How long creations may hold up what is made ahead of time.
+const MAX_SPARE_WAIT: Duration = Duration::from_millis(500);
 /// How long a removal waits for its turn: a hanging engine call must not stop the others for ever.
 const MAX_QUEUE: Duration = Duration::from_secs(10);
 
@@ -38,6 +40,14 @@ impl Turns {
     pub(super) fn create(&self) -> Creating<'_> {
         self.creating.send_modify(|n| *n += 1);
         Creating(self)
+    }
+
+    /// Waits until nobody waits for a creation: what is made ahead of time comes after it. Not for
+    /// ever, or what makes jobs start sooner would never be made where it is needed most.
+    pub(super) async fn spare_moment(&self) {
+        let mut creating = self.creating.subscribe();
+        // Over either way: the wait is a courtesy.
+        let _ = tokio::time::timeout(MAX_SPARE_WAIT, creating.wait_for(|n| *n == 0)).await;
     }
 
     /// Waits for the turn to remove. Nothing comes back where it did not come in time: then the

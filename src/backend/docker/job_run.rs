@@ -1,0 +1,124 @@
+//! A job's run, whichever way its container comes about: one that waits is taken, else one is made.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use async_trait::async_trait;
+use futures::future::{BoxFuture, FutureExt};
+
+use super::Shared;
+use super::cold::ColdRun;
+use super::image::Image;
+use super::warm::{Miss, WarmRun};
+use crate::backend::{CleanupError, Event, Progress, Run, Signal, Started};
+use crate::job::{Failure, Job, JobError, StartKind, code};
+
+/// A run of one job. It has at most one of the two.
+pub(super) struct JobRun {
+    shared: Arc<Shared>,
+    job: Job,
+    warm: Option<WarmRun>,
+    cold: Option<ColdRun>,
+}
+
+impl JobRun {
+    pub(super) fn new(shared: Arc<Shared>, job: Job) -> Self {
+        Self { shared, job, warm: None, cold: None }
+    }
+
+    /// Begins in a container that waits, if there is one. Returns what stands in the way.
+    ///
+    /// # Errors
+    /// Something of the job may be left and cannot be removed.
+    async fn start_warm(&mut self, image: &Arc<Image>) -> Result<Option<Miss>, Failure> {
+        let (idle, order) = match self.shared.pool.lease(&self.job, image) {
+            Ok(leased) => leased,
+            Err(miss) => return Ok(Some(miss)),
+        };
+        // Kept where the clean-up finds it, should this be dropped half-way.
+        let run = self.warm.insert(WarmRun::new(idle, &self.job));
+        let Err(miss) = run.begin(&order, self.job.stdin.clone()).await else { return Ok(None) };
+        // What may have begun in it must not run beside what begins elsewhere.
+        run.cleanup().await.map_err(|error| {
+            let message = format!("a warm container failed and cannot be removed: {error}");
+            Failure::Transient(JobError::new(code::ENGINE_ERROR, message))
+        })?;
+        self.warm = None;
+        Ok(Some(miss))
+    }
+}
+
+#[async_trait]
+impl Run for JobRun {
+    async fn start(&mut self, progress: &Progress) -> Result<Started, Failure> {
+        let begun = Instant::now();
+        let image = self.shared.images.ensure(&self.job.image, progress).await?;
+        if self.job.args.is_empty() && !image.has_command() {
+            return Err(Failure::Rejected(JobError::new(
+                code::IMAGE_NO_COMMAND,
+                format!(
+                    "{} names no command of its own; give one in the field parameter",
+                    self.job.image
+                ),
+            )));
+        }
+        let pulled = Instant::now();
+        let miss = self.start_warm(&image).await?;
+        let counters = &self.shared.pool.counters;
+        let Some(miss) = miss else {
+            counters.hit();
+            return Ok(Started {
+                kind: StartKind::Warm,
+                at: SystemTime::now(),
+                pull: pulled - begun,
+                create: Duration::ZERO,
+                start: pulled.elapsed(),
+            });
+        };
+        tracing::debug!(job = %self.job.id, ?miss, "no warm container");
+        counters.missed(miss);
+        let run = self.cold.insert(ColdRun::new(self.shared.clone(), self.job.clone(), image));
+        let (create, start) = run.start().await?;
+        Ok(Started {
+            kind: StartKind::Cold,
+            at: SystemTime::now(),
+            pull: pulled - begun,
+            create,
+            start,
+        })
+    }
+
+    async fn next(&mut self) -> Result<Event, Failure> {
+        match (&mut self.warm, &mut self.cold) {
+            (Some(run), _) => run.next().await,
+            (None, Some(run)) => run.next().await,
+            (None, None) => {
+                let error = JobError::new(code::ENGINE_ERROR, "nothing was started");
+                Err(Failure::Transient(error))
+            }
+        }
+    }
+
+    fn has_exited(&self) -> bool {
+        self.warm.as_ref().is_some_and(WarmRun::has_exited)
+            || self.cold.as_ref().is_some_and(ColdRun::has_exited)
+    }
+
+    fn signal(&self, signal: Signal) -> BoxFuture<'static, Result<(), Failure>> {
+        match (&self.warm, &self.cold) {
+            (Some(run), _) => run.signal(signal),
+            (None, Some(run)) => run.signal(signal),
+            (None, None) => async { Ok(()) }.boxed(),
+        }
+    }
+
+    async fn cleanup(&mut self) -> Result<(), CleanupError> {
+        if let Some(run) = &mut self.warm {
+            run.cleanup().await?;
+        }
+        if let Some(run) = &mut self.cold {
+            run.cleanup().await?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,136 @@
+//! What a pool counts.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Why a job did not get a warm container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::backend::docker) enum Miss {
+    /// There is no pool.
+    Off,
+    /// None waited.
+    Empty,
+    /// Those that waited had died.
+    Died,
+    /// The job wants labels, which a container gets when it is created.
+    Labels,
+    /// The job's command and environment fit no frame.
+    Size,
+    /// The engine did not give the container the job's limits.
+    Limits,
+    /// The agent could not begin the function.
+    Refused,
+    /// The container ended before the function had begun.
+    Lost,
+    /// The agent did not answer.
+    Hung,
+}
+
+impl Miss {
+    const ALL: [Self; 9] = [
+        Self::Off,
+        Self::Empty,
+        Self::Died,
+        Self::Labels,
+        Self::Size,
+        Self::Limits,
+        Self::Refused,
+        Self::Lost,
+        Self::Hung,
+    ];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Empty => "empty",
+            Self::Died => "died",
+            Self::Labels => "labels",
+            Self::Size => "size",
+            Self::Limits => "limits",
+            Self::Refused => "refused",
+            Self::Lost => "lost",
+            Self::Hung => "hung",
+        }
+    }
+}
+
+/// Counts since the start.
+#[derive(Debug, Default)]
+pub(in crate::backend::docker) struct Counters {
+    hits: AtomicU64,
+    misses: [AtomicU64; Miss::ALL.len()],
+    created: AtomicU64,
+    failed: AtomicU64,
+    evicted: AtomicU64,
+    retired: AtomicU64,
+    died: AtomicU64,
+}
+
+impl Counters {
+    /// A job got a container.
+    pub(in crate::backend::docker) fn hit(&self) {
+        add(&self.hits, 1);
+    }
+
+    /// A job got none.
+    pub(in crate::backend::docker) fn missed(&self, miss: Miss) {
+        add(&self.misses[miss as usize], 1);
+    }
+
+    /// A container was made.
+    pub(super) fn created(&self) {
+        add(&self.created, 1);
+    }
+
+    /// One could not be made.
+    pub(super) fn failed(&self) {
+        add(&self.failed, 1);
+    }
+
+    /// One gave way to another kind.
+    pub(super) fn evicted(&self) {
+        add(&self.evicted, 1);
+    }
+
+    /// Some had waited for too long.
+    pub(super) fn retired(&self, count: usize) {
+        add(&self.retired, count);
+    }
+
+    /// Some had died before anybody needed them.
+    pub(super) fn died(&self, count: usize) {
+        add(&self.died, count);
+    }
+
+    /// Every count, with its name.
+    pub(in crate::backend::docker) fn all(&self) -> Vec<(String, u64)> {
+        let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let mut all = vec![("warm.hits".to_owned(), get(&self.hits))];
+        for miss in Miss::ALL {
+            all.push((format!("warm.misses.{}", miss.as_str()), get(&self.misses[miss as usize])));
+        }
+        for (name, count) in [
+            ("warm.created", &self.created),
+            ("warm.failed", &self.failed),
+            ("warm.evicted", &self.evicted),
+            ("warm.retired", &self.retired),
+            ("warm.died", &self.died),
+        ] {
+            all.push((name.to_owned(), get(count)));
+        }
+        all
+    }
+}
+
+fn add(count: &AtomicU64, more: usize) {
+    count.fetch_add(more as u64, Ordering::Relaxed);
+}
+
+impl fmt::Display for Counters {
+    /// Those that are not zero.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all = self.all().into_iter().filter(|(_, count)| *count > 0);
+        let words: Vec<String> = all.map(|(name, count)| format!("{name}={count}")).collect();
+        f.write_str(&words.join(" "))
+    }
+}
