@@ -4,14 +4,14 @@
 //! The server stops to deliver them, keeps them, and says so once. A stream keeps what it says; and
 //! since a server that dies at the wrong moment says nothing, the queue is looked through as well.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_nats::jetstream::consumer::{Consumer, pull};
 use async_nats::jetstream::stream::Stream;
 use async_nats::jetstream::{AckKind, Context};
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt};
 use serde::Deserialize;
 
 use crate::job::Priority;
@@ -24,8 +24,13 @@ use crate::topology::Topology;
 
 /// How long the server keeps a request for advisories.
 const PULL_EXPIRES: Duration = Duration::from_secs(10);
-/// The most requests one look at the queue takes in: the next one goes on.
-const MOST_AT_ONCE: usize = 10_000;
+/// The most that one look at the queue finds, the most that it comes past, and the most bytes it
+/// reads: the next one goes on from there.
+const MOST_FOUND: usize = 10_000;
+const MOST_PASSED: usize = 1_000;
+const MOST_READ: usize = 16 << 20;
+/// Every subject.
+const ALL: &str = ">";
 /// How long to wait after trouble with JetStream.
 const TROUBLE: Duration = Duration::from_secs(2);
 
@@ -59,6 +64,28 @@ impl Advisory {
     }
 }
 
+/// How far the queue was looked through.
+#[derive(Default)]
+struct Search {
+    /// Where the next look begins.
+    from: u64,
+    /// What should not be there, with when it was stored. In the order of the queue.
+    suspects: BTreeMap<u64, SystemTime>,
+}
+
+/// Up to where in the stream the consumers are done with what is in it, for each subject.
+struct Done(HashMap<String, u64>);
+
+impl Done {
+    fn with(&self, stored: &Stored) -> bool {
+        self.0.get(&stored.subject).is_some_and(|up_to| stored.sequence <= *up_to)
+    }
+
+    fn end(&self) -> u64 {
+        self.0.values().copied().max().unwrap_or_default()
+    }
+}
+
 type Trouble = async_nats::Error;
 
 impl Undertaker {
@@ -66,10 +93,10 @@ impl Undertaker {
     pub async fn run(self) {
         // The first look is not at once: what a crash left in doubt is settled by then.
         let mut next_sweep = tokio::time::Instant::now() + self.sweep_interval;
-        let mut suspects = HashSet::new();
+        let mut search = Search::default();
         loop {
             self.connection.connected().await;
-            if let Err(error) = self.follow(&mut next_sweep, &mut suspects).await {
+            if let Err(error) = self.follow(&mut next_sweep, &mut search).await {
                 tracing::debug!(%error, "cannot look after what was delivered for the last time");
                 tokio::time::sleep(TROUBLE).await;
                 // What cannot be mended is told by those who take requests.
@@ -81,7 +108,7 @@ impl Undertaker {
     async fn follow(
         &self,
         next_sweep: &mut tokio::time::Instant,
-        suspects: &mut HashSet<u64>,
+        search: &mut Search,
     ) -> Result<(), Trouble> {
         let names = &self.topology.names;
         let queue = self.jetstream.get_stream(&names.queue).await?;
@@ -94,7 +121,7 @@ impl Undertaker {
             while let Some(message) = batch.next().await {
                 let message = message?;
                 let done = match serde_json::from_slice::<Advisory>(&message.payload) {
-                    Ok(advisory) => self.bury(&queue, advisory.stream_seq, Some(&advisory)).await?,
+                    Ok(advisory) => self.heed(&queue, &advisory).await?,
                     Err(error) => {
                         tracing::warn!(%error, "an advisory that is none");
                         true
@@ -108,65 +135,95 @@ impl Undertaker {
             }
             if *next_sweep <= tokio::time::Instant::now() {
                 *next_sweep = tokio::time::Instant::now() + self.sweep_interval;
-                self.sweep(&queue, suspects).await?;
+                self.sweep(&queue, search).await?;
             }
         }
     }
 
-    /// Looks for requests that the consumer is done with and the queue still has. Only what was
-    /// there at the last look, too, is buried: an acknowledgement may be on its way.
-    async fn sweep(&self, queue: &Stream, suspects: &mut HashSet<u64>) -> Result<(), Trouble> {
-        let mut found = HashSet::new();
-        for priority in Priority::ALL {
-            let name = self.topology.names.consumer(priority);
-            let floor = queue.consumer_info(&name).await?.ack_floor.stream_sequence;
-            let subject = self.subjects.execute_at(priority);
-            let mut from = 1;
-            while found.len() < MOST_AT_ONCE {
-                let place = Place { seq: from, next_by_subj: Some(&subject) };
-                match Stored::read(&self.jetstream, &self.topology.names.queue, place).await? {
-                    Some(stored) if stored.sequence <= floor => {
-                        found.insert(stored.sequence);
-                        from = stored.sequence + 1;
-                    }
-                    _ => break,
-                }
+    /// Looks for requests that the consumers are done with and the queue still has. Only what is
+    /// there at the next look, too, is buried: an acknowledgement may be on its way.
+    async fn sweep(&self, queue: &Stream, search: &mut Search) -> Result<(), Trouble> {
+        let done = self.done(queue).await?;
+        for (sequence, stored_at) in std::mem::take(&mut search.suspects) {
+            let place = Place { seq: sequence, next_by_subj: None };
+            // A queue, or a consumer, that was made anew meanwhile begins again.
+            if let Some(stored) = self.read(place).await?
+                && stored.stored_at == stored_at
+                && done.with(&stored)
+            {
+                self.bury(queue, stored).await;
             }
         }
-        for sequence in found.intersection(suspects) {
-            self.bury(queue, *sequence, None).await?;
+        let (mut passed, mut read) = (0, 0);
+        while passed < MOST_PASSED && read < MOST_READ && search.suspects.len() < MOST_FOUND {
+            // Not by subject: where requests were settled in another order than they came in,
+            // nats-server 2.9 does not know any more where those of a subject begin.
+            let place = Place { seq: search.from.max(1), next_by_subj: Some(ALL) };
+            let next = self.read(place).await?.filter(|stored| stored.sequence <= done.end());
+            let Some(stored) = next else {
+                search.from = 0;
+                break;
+            };
+            search.from = stored.sequence + 1;
+            read += stored.payload.len();
+            if done.with(&stored) {
+                search.suspects.insert(stored.sequence, stored.stored_at);
+            } else {
+                passed += 1;
+            }
         }
-        *suspects = found;
         Ok(())
     }
 
-    /// Gives a request its end and takes it out of the queue. Returns whether it is done with.
-    async fn bury(
-        &self,
-        queue: &Stream,
-        sequence: u64,
-        advisory: Option<&Advisory>,
-    ) -> Result<bool, Trouble> {
-        let place = Place { seq: sequence, next_by_subj: None };
-        let stored = Stored::read(&self.jetstream, &self.topology.names.queue, place).await?;
+    /// How far the consumers are, of whose requests there are any: the others say nothing of
+    /// where there is something to find, and are far ahead.
+    async fn done(&self, queue: &Stream) -> Result<Done, Trouble> {
+        let mut subjects = queue.info_with_subjects(ALL).await?;
+        let messages = subjects.info.state.messages;
+        let mut counts = HashMap::new();
+        while let Some((subject, count)) = subjects.try_next().await? {
+            counts.insert(subject, count as u64);
+        }
+        // What was stored meanwhile is of no concern, and what is not counted may be anybody's.
+        let is_complete = counts.values().sum::<u64>() >= messages;
+        let mut done = HashMap::new();
+        for priority in Priority::ALL {
+            let subject = self.subjects.execute_at(priority);
+            if is_complete && counts.get(&subject).is_none_or(|count| *count == 0) {
+                continue;
+            }
+            let consumer = queue.consumer_info(&self.topology.names.consumer(priority)).await?;
+            done.insert(subject, consumer.ack_floor.stream_sequence);
+        }
+        Ok(Done(done))
+    }
+
+    async fn read(&self, place: Place<'_>) -> Result<Option<Stored>, Trouble> {
+        Stored::read(&self.jetstream, &self.topology.names.queue, place).await
+    }
+
+    /// Buries what the server says it will not deliver again. Returns whether it is done with.
+    async fn heed(&self, queue: &Stream, advisory: &Advisory) -> Result<bool, Trouble> {
+        let place = Place { seq: advisory.stream_seq, next_by_subj: None };
         // Somebody got to its end after all, or this was done before.
-        let Some(stored) = stored else { return Ok(true) };
+        let Some(stored) = self.read(place).await? else { return Ok(true) };
         // A queue that was made anew may hold another request in the place the advisory speaks of.
-        if advisory.is_some_and(|advisory| stored.stored_at > advisory.at()) {
+        if stored.stored_at > advisory.at() {
             return Ok(true);
         }
-        let deliveries = advisory.map_or(0, |advisory| advisory.deliveries);
-        let message = recovered(Stored { deliveries, ..stored });
-        if !self.runner.give_up(message).await {
-            return Ok(false);
+        Ok(self.bury(queue, Stored { deliveries: advisory.deliveries, ..stored }).await)
+    }
+
+    /// Gives a request its end and takes it out of the queue. Returns whether it is done with.
+    async fn bury(&self, queue: &Stream, stored: Stored) -> bool {
+        let sequence = stored.sequence;
+        if !self.runner.give_up(recovered(stored)).await {
+            return false;
         }
-        match queue.delete_message(sequence).await {
-            Ok(_) => Ok(true),
-            // Whether it is gone shows at the next look.
-            Err(error) => {
-                tracing::debug!(sequence, %error, "could not delete a dead letter from the queue");
-                Ok(true)
-            }
+        // Whether it is gone shows at the next look.
+        if let Err(error) = queue.delete_message(sequence).await {
+            tracing::debug!(sequence, %error, "could not delete a dead letter from the queue");
         }
+        true
     }
 }

@@ -15,7 +15,7 @@ use super::nats::{NatsOptions, NatsServer, NatsVersion};
 use super::process::Signal;
 use super::proxy::{Flow, Proxy};
 use super::runs::Runs;
-use super::streams::{Streams, header};
+use super::streams::{EXECUTE, Streams, header};
 use super::wait::{PATIENCE, eventually, within};
 use super::world::{Held, held};
 
@@ -167,19 +167,28 @@ impl Fleet {
     }
 
     /// Has a request accepted, and returns its id.
-    pub(crate) async fn submit(&self, mut request: Value) -> String {
+    pub(crate) async fn submit(&self, request: Value) -> String {
+        self.submit_at(EXECUTE, request).await
+    }
+
+    async fn submit_at(&self, subject: &str, mut request: Value) -> String {
         let id = self.id();
         request["id"] = json!(id);
         if request.get("image_reference").is_none() {
             request["image_reference"] = json!(self.image);
         }
-        self.streams.submit(&id, &request).await;
+        self.streams.submit(subject, &id, &request).await;
         id
     }
 
     /// Starts a job that runs until [`release`](Self::release), and waits until it does.
     pub(crate) async fn hold(&self) -> Held {
-        let id = self.submit(held(json!({}))).await;
+        self.hold_at(EXECUTE).await
+    }
+
+    /// The same, published on `subject`.
+    pub(crate) async fn hold_at(&self, subject: &str) -> Held {
+        let id = self.submit_at(subject, held(json!({}))).await;
         let container = self.engine.running(&id).await;
         Held { id, container }
     }

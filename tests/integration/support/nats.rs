@@ -204,6 +204,24 @@ impl NatsServer {
         self.child = None;
     }
 
+    /// Copies the messages of `stream`, as they are on the disk now.
+    pub(crate) fn copy_messages(&self, stream: &str) {
+        copy_files(&self.messages(stream), &self.path("copy"));
+    }
+
+    /// Puts the copy in the place of the messages of `stream`, while the server is stopped. What was
+    /// removed since is there again, and the consumers have it as acknowledged.
+    pub(crate) fn put_messages_back(&self, stream: &str) {
+        assert!(self.child.is_none(), "it would write over them");
+        let messages = self.messages(stream);
+        std::fs::remove_dir_all(&messages).unwrap();
+        copy_files(&self.path("copy"), &messages);
+    }
+
+    fn messages(&self, stream: &str) -> PathBuf {
+        self.path("store/jetstream/$G/streams").join(stream).join("msgs")
+    }
+
     /// Suspends it: connections stay, nothing answers.
     pub(crate) fn pause(&self) {
         process::suspend(self.child.as_ref().unwrap().id());
@@ -480,6 +498,15 @@ impl NatsServer {
 impl Drop for NatsServer {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+/// Makes the folder `to` with the files of `from`.
+fn copy_files(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for file in std::fs::read_dir(from).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
     }
 }
 

@@ -104,14 +104,15 @@ impl Streams {
         Ok(Stored { sequence, duplicate: answer["duplicate"] == json!(true) })
     }
 
-    /// Publishes the request of the job `id` until the stream has it: once, however often it takes.
-    pub(crate) async fn submit(&self, id: &str, request: &Value) -> Stored {
+    /// Publishes the request of the job `id` to `subject` until the stream has it: once, however often
+    /// it takes.
+    pub(crate) async fn submit(&self, subject: &str, id: &str, request: &Value) -> Stored {
         let mut headers = HeaderMap::new();
         headers.insert("Nats-Msg-Id", id);
         within(&format!("{id} is accepted"), PATIENCE, async {
             loop {
                 let body = request.to_string().into();
-                if let Ok(stored) = self.publish(EXECUTE, headers.clone(), body).await {
+                if let Ok(stored) = self.publish(subject, headers.clone(), body).await {
                     return stored;
                 }
                 tokio::time::sleep(Duration::from_millis(200)).await;
@@ -253,6 +254,14 @@ impl Streams {
     /// Waits until every request has been settled.
     pub(crate) async fn settled(&self) {
         self.settled_within(PATIENCE).await;
+    }
+
+    /// Waits until so many requests are left in the queue.
+    pub(crate) async fn left(&self, requests: u64) {
+        super::wait::eventually(&format!("{requests} requests are in the queue"), || async {
+            self.count(QUEUE).await == Ok(requests)
+        })
+        .await;
     }
 
     pub(crate) async fn settled_within(&self, patience: Duration) {
