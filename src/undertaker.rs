@@ -193,7 +193,14 @@ impl Undertaker {
                 continue;
             }
             let consumer = queue.consumer_info(&self.topology.names.consumer(priority)).await?;
-            done.insert(subject, consumer.ack_floor.stream_sequence);
+            // The floor rises with acknowledgements: it stays below what was delivered for the last
+            // time. Where nothing is out, all that was delivered is done with.
+            let up_to = if consumer.num_ack_pending == 0 {
+                consumer.delivered.stream_sequence
+            } else {
+                consumer.ack_floor.stream_sequence
+            };
+            done.insert(subject, up_to);
         }
         Ok(Done(done))
     }

@@ -199,6 +199,32 @@ async fn a_request_that_no_client_survives_is_buried_through_the_advisory() {
     works(&fleet).await;
 }
 
+/// The server says of a request it gives up once, to whoever listens. Where nothing kept what it
+/// said, the queue is looked through: also when the server delivers nothing after it, and so does not
+/// count the request as settled.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_request_whose_advisory_is_lost_is_buried_all_the_same() {
+    let mut fleet = Fleet::start(1, &[("MAX_DELIVER", "1"), ("ACK_WAIT", "2s")]).await;
+    fleet.workers[0].daemon.crash().await;
+    let id = fleet.submit(json!({"parameter": "true"})).await;
+    // Who takes it gives it back, until the server has had enough.
+    within("the last delivery", PATIENCE, async {
+        while fleet.streams.count(ADVISORIES).await != Ok(1) {
+            if let Some(reply) = fleet.streams.pull(QUEUE, CONSUMERS[1]).await {
+                fleet.streams.client().request(reply, "-NAK".into()).await.unwrap();
+            }
+        }
+    })
+    .await;
+    fleet.streams.purge(ADVISORIES).await.unwrap();
+    fleet.workers[0].respawn();
+    let once = fleet.ended_once(&id).await;
+    assert_eq!((once.status.as_str(), once.code.as_str()), ("error", "job.max_deliver"));
+    let dead = fleet.streams.dead_letters().await.unwrap();
+    assert_eq!(dead.iter().map(|dead| header(dead, "Job-Id")).collect::<Vec<_>>(), [id]);
+    works(&fleet).await;
+}
+
 /// A daemon that aborts at `point` leaves a job that ends once, when another daemon is there; the
 /// function runs so many times in all.
 async fn survives(point: &str, runs: std::ops::RangeInclusive<usize>) {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use async_nats::jetstream;
 use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::{RawMessageError, RawMessageErrorKind};
-use async_nats::{Client, HeaderMap};
+use async_nats::{Client, HeaderMap, Subject};
 use bytes::Bytes;
 use serde_json::{Value, json};
 
@@ -28,6 +28,8 @@ pub(crate) const EXECUTE: &str = "functions.execute";
 
 /// How long one answer may take.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long to wait for a message to take.
+const PULL: Duration = Duration::from_secs(1);
 /// The server's word for "there is no message of this number".
 const NOT_FOUND: usize = 404;
 
@@ -145,6 +147,15 @@ impl Streams {
             backlog += counts.iter().filter_map(|count| count.as_u64()).sum::<u64>();
         }
         Ok(backlog)
+    }
+
+    /// Takes a message as a worker does, if one comes soon: where to say what becomes of it.
+    pub(crate) async fn pull(&self, stream: &str, consumer: &str) -> Option<Subject> {
+        let call = format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}");
+        let body = json!({"batch": 1, "expires": PULL.as_nanos()}).to_string();
+        // Not every server answers one who has waited in vain.
+        let asked = tokio::time::timeout(2 * PULL, self.client.request(call, body.into()));
+        asked.await.ok()?.unwrap().reply
     }
 
     pub(crate) async fn delete_consumer(&self, stream: &str, name: &str) -> Result<(), Trouble> {
