@@ -20,7 +20,9 @@ use crate::backend::Backend;
 use crate::cancel::Cancels;
 use crate::capture::Captured;
 use crate::config::Policy;
-use crate::job::{self, Failure, JobError, JobId, Limits, Outcome, Status, Timings, code};
+use crate::job::{
+    self, Failure, JobError, JobId, Limits, Outcome, StartKind, Status, Timings, code,
+};
 use crate::objects::Objects;
 use crate::protocol::{Refusal, Request, Subjects, request};
 use crate::publish::{Publisher, Route};
@@ -376,11 +378,11 @@ impl Runner {
         let exit_code = outcome.exit_code;
         let total_ms = outcome.timings.total.map(|d| d.as_millis());
         let (job, status, attempt) = (&outcome.id, outcome.status, outcome.attempt);
-        let image = outcome.image.as_deref();
+        let (image, start) = (outcome.image.as_deref(), outcome.start.map(StartKind::as_str));
         if status == Status::Error {
-            tracing::warn!(%job, image, %status, exit_code, attempt, total_ms, error, "job ended");
+            tracing::warn!(%job, image, %status, exit_code, attempt, start, total_ms, error, "job ended");
         } else {
-            tracing::info!(%job, image, %status, exit_code, attempt, total_ms, error, "job ended");
+            tracing::info!(%job, image, %status, exit_code, attempt, start, total_ms, error, "job ended");
         }
     }
 }

@@ -161,7 +161,6 @@ impl Backend for Docker {
 
     async fn retire(&self) {
         self.shared.pool.withdraw(&self.shared).await;
-        tracing::debug!(counters = %self.shared.pool.counters, "warm containers");
         self.shared.owner.withdraw(&self.shared.engine).await;
     }
 }

@@ -82,6 +82,11 @@ impl Counters {
         add(&self.created, 1);
     }
 
+    /// Whether any was made.
+    pub(super) fn has_created(&self) -> bool {
+        self.created.load(Ordering::Relaxed) > 0
+    }
+
     /// One could not be made.
     pub(super) fn failed(&self) {
         add(&self.failed, 1);

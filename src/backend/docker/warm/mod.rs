@@ -13,6 +13,7 @@ mod volume;
 
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -154,13 +155,16 @@ pub(super) struct Pool {
     kinds: Mutex<HashMap<Key, Kind>>,
     /// Told when there may be something to do.
     wake: Notify,
+    /// Whether it was said that none could be made.
+    failure_said: AtomicBool,
     pub(super) counters: Counters,
 }
 
 impl Pool {
     pub(super) fn new(options: config::Warm) -> Self {
         let counters = Counters::default();
-        Self { options, kinds: Mutex::default(), wake: Notify::new(), counters }
+        let (kinds, wake, failure_said) = (Mutex::default(), Notify::new(), AtomicBool::new(false));
+        Self { options, kinds, wake, failure_said, counters }
     }
 
     fn kinds(&self) -> MutexGuard<'_, HashMap<Key, Kind>> {
@@ -257,7 +261,8 @@ impl Pool {
         shared: &Arc<Shared>,
         creations: &mut JoinSet<(Key, Result<Idle, CreateError>)>,
     ) -> Infallible {
-        let mut delivered = self.deliver(shared, false).await;
+        self.deliver(shared, false).await;
+        let mut delivered_again: Option<Instant> = None;
         loop {
             self.look_after();
             while creations.len() < CREATIONS
@@ -273,8 +278,10 @@ impl Pool {
                 Some(created) = creations.join_next() => {
                     let missing = matches!(created, Ok((_, Err(CreateError::NoAgent))));
                     self.finish(created);
-                    if missing && delivered.elapsed() > DELIVERY_INTERVAL {
-                        delivered = self.deliver(shared, true).await;
+                    let lately = delivered_again.is_some_and(|at| at.elapsed() < DELIVERY_INTERVAL);
+                    if missing && !lately {
+                        self.deliver(shared, true).await;
+                        delivered_again = Some(Instant::now());
                     }
                 }
                 () = self.wake.notified() => tokio::time::sleep(LINGER).await,
@@ -283,8 +290,8 @@ impl Pool {
         }
     }
 
-    /// Sees to it that the engine has the agent, for as long as that takes. Returns when it was done.
-    async fn deliver(&self, shared: &Arc<Shared>, again: bool) -> Instant {
+    /// Sees to it that the engine has the agent, for as long as that takes.
+    async fn deliver(&self, shared: &Arc<Shared>, again: bool) {
         for failures in 1.. {
             let Err(error) = volume::deliver(shared, again).await else { break };
             // An engine that is away is told of elsewhere.
@@ -294,7 +301,6 @@ impl Pool {
             let delays = if error.is_refusal() { TROUBLE } else { ABSENCE };
             tokio::time::sleep(delays.delay(failures)).await;
         }
-        Instant::now()
     }
 
     /// Drops what has died, what has waited for too long, and what nobody asks for any more.
@@ -379,7 +385,10 @@ impl Pool {
                     ABSENCE.most
                 };
                 kind.not_before = Some(Instant::now() + delay);
-                if kind.failures == 1 {
+                // Where none can be made at all, one image speaks for the others.
+                let is_news =
+                    self.counters.has_created() || !self.failure_said.swap(true, Ordering::Relaxed);
+                if kind.failures == 1 && is_news {
                     let image = kind.pattern.image.as_str();
                     tracing::warn!(image, %error, "no warm container could be made of this image; its jobs start cold");
                 }
@@ -396,6 +405,7 @@ impl Pool {
         let waiting = kinds.into_values().flat_map(|kind| kind.waiting);
         futures::future::join_all(waiting.map(|waiting| remove(waiting.idle))).await;
         volume::withdraw(shared).await;
+        tracing::info!(counters = %self.counters, "no containers wait any more");
     }
 }
 
