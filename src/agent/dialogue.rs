@@ -104,6 +104,12 @@ impl Dialogue {
         said
     }
 
+    /// How many bytes it keeps. Below a header and [`frame::MAX_DATA`] when there is nothing to pull.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.chunk.len() + self.partial.len()
+    }
+
     /// The next frame, once it is whole.
     fn frame(&mut self) -> Result<Option<(Kind, Bytes)>, Violation> {
         if self.partial.is_empty()
@@ -165,3 +171,7 @@ impl Dialogue {
         Ok(said)
     }
 }
+
+#[cfg(test)]
+#[path = "dialogue_tests.rs"]
+mod tests;
