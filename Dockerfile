@@ -19,13 +19,14 @@ WORKDIR /build
 # The dependencies alone, against empty targets: this layer is built anew only when they change.
 COPY Cargo.toml Cargo.lock ./
 RUN mkdir -p src tests/integration \
-    && echo 'fn main() {}' | tee src/main.rs tests/integration/main.rs >/dev/null \
+    && echo 'fn main() {}' | tee build.rs src/main.rs tests/integration/main.rs >/dev/null \
     && : > src/lib.rs \
     && cargo build --release --locked --bin worker-spawner
 
 # Cargo goes by the time of a file, and these may be older than the empty ones they replace.
+COPY build.rs ./
 COPY src src
-RUN find src -name '*.rs' -exec touch {} + \
+RUN find build.rs src -name '*.rs' -exec touch {} + \
     && cargo build --release --locked --bin worker-spawner
 
 FROM ${RUNTIME_IMAGE}

@@ -1,7 +1,7 @@
 # `make` lists what there is. What they run is in scripts/, which says more.
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-long soak bench bench-long services services-stop image-check lint fmt deny ci clean
+.PHONY: help build demo test test-long soak fuzz bench bench-long services services-stop image-check lint fmt deny ci clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test-long: ## The same, with the tests that take long
 
 soak: ## Hurt daemons, NATS and engine for an hour, and check that nothing accepted was lost
 	@scripts/test.sh --soak
+
+fuzz: ## Feed made-up bytes to what takes apart the words of a container, for a minute each
+	@scripts/fuzz.sh
 
 bench: ## Measure the daemon against `docker run` and the bare API
 	@scripts/with-engine.sh scripts/bench.sh

@@ -17,13 +17,25 @@ settings_compose_lacks() {
         <(sed -En 's/^      - ([A-Z_]+)$/\1/p' docker-compose.yml | sort)
 }
 
+# Those of Cargo.toml, for a program that Cargo does not see. Its unsafe code is what it is for, and nobody outside it
+# could use what it calls public.
+agent_lints() {
+    clippy-driver --edition=2024 --crate-type=bin src/agent/main.rs --emit=metadata -o "$WORK/agent" -D warnings \
+        -W clippy::unwrap_used -W clippy::expect_used -W clippy::panic -W clippy::dbg_macro \
+        -W clippy::todo -W clippy::unimplemented
+}
+
 need_cargo
 need shellcheck
+WORK="$(mktemp -d)"
+at_exit "rm -rf '$WORK'"
 
 say "formatting"
 cargo fmt --all --check
+rustfmt --check --edition=2024 src/agent/main.rs fuzz/src/lib.rs fuzz/fuzz_targets/*.rs
 say "lints"
 cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
+agent_lints
 say "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --all-features --locked
 say "scripts"

@@ -35,6 +35,6 @@ fn read(counter: &File) -> Option<u32> {
     // Both files are a handful of short lines.
     let mut bytes = [0; 1024];
     let length = counter.read_at(&mut bytes, 0).ok()?;
-    let lines = std::str::from_utf8(&bytes[..length]).ok()?.lines();
-    lines.filter_map(|line| line.strip_prefix("oom_kill ")).next()?.trim().parse().ok()
+    let mut lines = std::str::from_utf8(&bytes[..length]).ok()?.lines();
+    lines.find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
 }
