@@ -11,6 +11,8 @@ source "$(dirname "$0")/nats-current.sh"
 cd "$ROOT"
 
 LIMIT=40m
+# How many of a hundred jobs that can start warm must, where the tests see to it that they can.
+WARM_SHARE=80
 WHAT=(--workspace)
 SOAK=
 case ${1-} in
@@ -59,6 +61,27 @@ list_leftovers() {
     find "$TMPDIR" -mindepth 1 -printf 'temporary %p\n'
 }
 
+# A daemon that is killed leaves the volume with its agent to the next one; one that is in use stays.
+remove_agent_volumes() {
+    docker volume ls -q --filter 'name=^worker-spawner-agent-' | xargs -r -n 1 docker volume rm &>/dev/null || true
+}
+
+# What the tests say of functions holds whichever way a container comes about: those that say it run once more with
+# containers that wait for jobs. Most of the jobs must have started in one, or the tests have said nothing of it.
+test_warm_starts() {
+    local warm eligible
+    STARTS="$(mktemp -p /tmp)"
+    at_exit "rm -f '$STARTS'"
+    say "tests, once more with warm starts"
+    WORKER_SPAWNER_TEST_START=warm WORKER_SPAWNER_TEST_STARTS="$STARTS" \
+        cargo test --test integration --all-features --locked -- \
+        commands:: confinement:: limits:: outputs:: requests:: live_logs:: cancel:: big_objects:: lifecycle::
+    read -r warm eligible < <(awk '{ warm += $1; all += $2 } END { print warm + 0, all + 0 }' "$STARTS")
+    say "$warm of $eligible jobs that could have did start warm"
+    ((eligible > 0 && warm * 100 >= eligible * WARM_SHARE)) ||
+        die "fewer than $WARM_SHARE % started warm: $(sort -n "$STARTS")"
+}
+
 # The tests make each image once and share it, so none of them can tell when it is no longer needed. What another run
 # on the same engine still uses stays.
 remove_test_images() {
@@ -101,11 +124,14 @@ limit_each_program
 say "tests"
 cargo test "${WHAT[@]}" --all-features --locked -- "$@"
 if [[ -z $SOAK ]]; then
+    # Not where certain tests were asked for.
+    if (($# == 0)); then test_warm_starts; fi
     if [[ -x scripts/test-clients.sh ]]; then
         say "client examples"
         scripts/test-clients.sh
     fi
     remove_test_images
+    remove_agent_volumes
 fi
 # Removal follows the result, so the last container may be going while the tests end.
 if wait_until 20 nothing_new; then

@@ -6,7 +6,7 @@ use futures::future::join_all;
 use serde_json::json;
 
 use crate::support::daemon::Daemon;
-use crate::support::engine::{INSTANCE_LABEL, JOB_LABEL, label};
+use crate::support::engine::{INSTANCE_LABEL, job_of, label};
 use crate::support::process::Signal;
 use crate::support::proxy::{Flow, Proxy};
 use crate::support::registry::{Access, Registry};
@@ -298,9 +298,7 @@ async fn a_container_killed_from_outside_is_reported_as_killed() {
     assert_eq!(header(&message, "Job-Status").as_deref(), Some("failed"), "{:?}", message.headers);
     assert_eq!(header(&message, "Job-Exit-Code").as_deref(), Some("137"), "{:?}", message.headers);
     world.engine.gone(&held.id).await;
-    assert!(
-        world.engine.containers().await.iter().all(|left| label(left, JOB_LABEL) != Some(&held.id))
-    );
+    assert!(world.engine.containers().await.iter().all(|left| job_of(left) != Some(&held.id)));
 }
 
 /// Whether the server says that nobody takes requests. One that was under way when the daemon

@@ -31,3 +31,4 @@ mod retries;
 mod servers;
 mod settings;
 mod support;
+mod warm;

@@ -9,7 +9,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::sync::watch;
 
-use super::engine::Engine;
+use super::engine::{self, Engine};
 use super::nats::NatsServer;
 use super::process::{self, Signal, bound_to_this_thread};
 use super::wait::{PATIENCE, within};
@@ -30,7 +30,9 @@ impl Settings {
                 settings = settings.set(name, &value);
             }
         }
-        settings.set("RUST_LOG", "info").set("LOG_FORMAT", "json").set("DELIVERY", "core")
+        // Containers that wait for jobs are there for those who ask for them.
+        let plain = [("DELIVERY", "core"), ("WARM_CONTAINERS", "0")];
+        settings.set("RUST_LOG", "info").set("LOG_FORMAT", "json").set_all(&plain)
     }
 
     /// As [`new`](Self::new), with requests that a stream keeps.
@@ -83,6 +85,8 @@ impl Settings {
 pub(crate) struct Daemon {
     child: Child,
     log: Log,
+    /// Where it may have left containers that waited for jobs, if it had any.
+    pool: Option<Option<String>>,
     /// Its home and working directory, empty.
     _home: TempDir,
 }
@@ -103,7 +107,9 @@ impl Daemon {
         let log = Log::default();
         log.follow(child.stdout.take().unwrap());
         log.follow(child.stderr.take().unwrap());
-        Self { child, log, _home: home }
+        let has_pool = settings.get("WARM_CONTAINERS") != Some("0");
+        let pool = has_pool.then(|| settings.get("DOCKER_HOST").map(ToString::to_string));
+        Self { child, log, pool, _home: home }
     }
 
     /// Waits until it says that it takes requests.
@@ -178,6 +184,9 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         process::end(&mut self.child);
+        if let Some(host) = &self.pool {
+            engine::remove_idle_blocking(host.as_deref(), self.child.id());
+        }
         if std::thread::panicking() {
             eprintln!("--- log of the daemon {}\n{}", self.child.id(), self.log.text());
         }

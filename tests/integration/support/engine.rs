@@ -24,6 +24,12 @@ use super::wait::{PATIENCE, eventually, within};
 pub(crate) const JOB_LABEL: &str = "worker-spawner.job-id";
 /// The label that names the daemon a container belongs to.
 pub(crate) const INSTANCE_LABEL: &str = "worker-spawner.instance";
+/// The label of a container that was started for no job in particular.
+pub(crate) const WARM_LABEL: &str = "worker-spawner.warm";
+/// What the name of such a container holds until a job has it.
+const IDLE: &str = "warm";
+/// What the names of the volumes begin with that hold the agent of such containers.
+pub(crate) const AGENT_VOLUMES: &str = "worker-spawner-agent-";
 
 /// A way to an engine, with the questions tests ask it.
 #[derive(Clone)]
@@ -46,18 +52,30 @@ impl Engine {
         images::ensure(&self.docker, image).await
     }
 
-    /// All containers, running or not, that are labelled as a job's.
+    /// All containers, running or not, that are a job's.
     pub(crate) async fn containers(&self) -> Vec<ContainerSummary> {
-        let filters = HashMap::from([("label".to_string(), vec![JOB_LABEL.to_string()])]);
-        let options =
-            ListContainersOptions { all: true, filters: Some(filters), ..Default::default() };
-        self.docker.list_containers(Some(options)).await.unwrap()
+        let mut all = self.labelled(INSTANCE_LABEL).await;
+        all.retain(|container| job_of(container).is_some());
+        all
+    }
+
+    /// The containers that wait for a job of the daemon `pid`, or have waited: one gets its job's
+    /// name only when the job has run for a moment.
+    pub(crate) async fn idle(&self, pid: u32) -> Vec<ContainerSummary> {
+        let mut all = self.labelled(WARM_LABEL).await;
+        all.retain(|container| is_idle(container) && is_owned_by(container, pid));
+        all
+    }
+
+    /// The containers, running or not, that have this label.
+    async fn labelled(&self, name: &str) -> Vec<ContainerSummary> {
+        self.docker.list_containers(Some(labelled(name))).await.unwrap()
     }
 
     /// The containers of the job `id`, running or not.
     pub(crate) async fn containers_of(&self, id: &str) -> Vec<ContainerSummary> {
         let mut all = self.containers().await;
-        all.retain(|container| label(container, JOB_LABEL) == Some(id));
+        all.retain(|container| job_of(container) == Some(id));
         all
     }
 
@@ -132,40 +150,12 @@ impl Engine {
         &self.docker
     }
 
-    /// Removes every container `matches` picks. For `Drop`, which cannot await: runs on a thread
-    /// and a runtime of its own, and never panics.
+    /// As [`remove_containers_blocking`].
     pub(crate) fn remove_containers_blocking(
         &self,
         matches: impl Fn(&ContainerSummary) -> bool + Send,
     ) {
-        let host = self.host.clone();
-        on_own_runtime(async move {
-            let Some(docker) = connect(host.as_deref()) else {
-                return;
-            };
-            let filters = HashMap::from([("label".to_string(), vec![JOB_LABEL.to_string()])]);
-            let options =
-                ListContainersOptions { all: true, filters: Some(filters), ..Default::default() };
-            // A call of the killed daemon's may still be under way in the engine: look again after
-            // there was something to remove.
-            for _ in 0..5 {
-                let Ok(all) = docker.list_containers(Some(options.clone())).await else {
-                    return;
-                };
-                let left: Vec<String> =
-                    all.into_iter().filter(&matches).filter_map(|container| container.id).collect();
-                if left.is_empty() {
-                    return;
-                }
-                for id in left {
-                    let options =
-                        RemoveContainerOptions { force: true, v: true, ..Default::default() };
-                    // The daemon may have been faster; what matters is that it is gone.
-                    let _ = docker.remove_container(&id, Some(options)).await;
-                }
-                tokio::time::sleep(Duration::from_millis(200)).await;
-            }
-        });
+        remove_containers_blocking(self.host.as_deref(), matches);
     }
 
     /// Removes all images of the repository of `name` when the returned guard is dropped, those
@@ -202,6 +192,74 @@ impl Engine {
 /// The value of `container`'s label `name`.
 pub(crate) fn label<'a>(container: &'a ContainerSummary, name: &str) -> Option<&'a str> {
     container.labels.as_ref()?.get(name).map(String::as_str)
+}
+
+/// The job a container is or was for. One that was started ahead of time has it in its name alone.
+pub(crate) fn job_of(container: &ContainerSummary) -> Option<&str> {
+    label(container, JOB_LABEL).or_else(|| {
+        label(container, WARM_LABEL)?;
+        purpose(container).filter(|purpose| *purpose != IDLE)
+    })
+}
+
+/// Whether no job has this container, as far as its name says.
+fn is_idle(container: &ContainerSummary) -> bool {
+    label(container, WARM_LABEL).is_some() && purpose(container) == Some(IDLE)
+}
+
+/// What a container's name says that it is for.
+fn purpose(container: &ContainerSummary) -> Option<&str> {
+    let name = container.names.as_ref()?.first()?;
+    let (purpose, _) = name.strip_prefix("/worker-spawner-")?.rsplit_once('-')?;
+    Some(purpose)
+}
+
+/// Whether the process `pid` made this container.
+fn is_owned_by(container: &ContainerSummary, pid: u32) -> bool {
+    let owner = label(container, "worker-spawner.owner").unwrap_or_default();
+    owner.split('/').nth(2) == Some(&pid.to_string())
+}
+
+fn labelled(name: &str) -> ListContainersOptions {
+    let filters = HashMap::from([("label".to_string(), vec![name.to_string()])]);
+    ListContainersOptions { all: true, filters: Some(filters), ..Default::default() }
+}
+
+/// Removes the containers that waited for jobs of the daemon `pid`, which has ended.
+pub(crate) fn remove_idle_blocking(host: Option<&str>, pid: u32) {
+    remove_containers_blocking(host, |container| is_idle(container) && is_owned_by(container, pid));
+}
+
+/// Removes every container `matches` picks. For `Drop`, which cannot await: runs on a thread and a
+/// runtime of its own, and never panics.
+fn remove_containers_blocking(
+    host: Option<&str>,
+    matches: impl Fn(&ContainerSummary) -> bool + Send,
+) {
+    let host = host.map(ToString::to_string);
+    on_own_runtime(async move {
+        let Some(docker) = connect(host.as_deref()) else {
+            return;
+        };
+        // A call of the killed daemon's may still be under way in the engine: look again after
+        // there was something to remove, and once where there was nothing.
+        for look in 0..5 {
+            let Ok(all) = docker.list_containers(Some(labelled(INSTANCE_LABEL))).await else {
+                return;
+            };
+            let left: Vec<String> =
+                all.into_iter().filter(&matches).filter_map(|container| container.id).collect();
+            if left.is_empty() && look > 0 {
+                return;
+            }
+            for id in left {
+                let options = RemoveContainerOptions { force: true, v: true, ..Default::default() };
+                // The daemon may have been faster; what matters is that it is gone.
+                let _ = docker.remove_container(&id, Some(options)).await;
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    });
 }
 
 /// Removes pulled images in the end.

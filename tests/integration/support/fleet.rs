@@ -9,7 +9,7 @@ use bollard::models::ContainerSummary;
 use serde_json::{Value, json};
 
 use super::daemon::{Daemon, Settings, message_of};
-use super::engine::{Engine, INSTANCE_LABEL, JOB_LABEL, label};
+use super::engine::{Engine, INSTANCE_LABEL, job_of, label};
 use super::images::Image;
 use super::nats::{NatsOptions, NatsServer, NatsVersion};
 use super::process::Signal;
@@ -283,7 +283,7 @@ impl Fleet {
     }
 
     fn is_ours(&self, container: &ContainerSummary) -> bool {
-        label(container, JOB_LABEL).is_some_and(|id| id.starts_with(&self.prefix))
+        job_of(container).is_some_and(|id| id.starts_with(&self.prefix))
     }
 }
 
@@ -295,7 +295,7 @@ impl Drop for Fleet {
         }
         let prefix = self.prefix.clone();
         self.engine.remove_containers_blocking(move |container| {
-            label(container, JOB_LABEL).is_some_and(|id| id.starts_with(&prefix))
+            job_of(container).is_some_and(|id| id.starts_with(&prefix))
         });
     }
 }

@@ -19,6 +19,7 @@ pub(crate) mod runs;
 pub(crate) mod streams;
 pub(crate) mod tar;
 pub(crate) mod wait;
+pub(crate) mod warmth;
 pub(crate) mod world;
 
 /// Whether the forms that take many minutes were asked for.

@@ -9,12 +9,13 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 
 use super::daemon::{Daemon, Settings};
-use super::engine::{Engine, JOB_LABEL, label};
+use super::engine::{Engine, job_of};
 use super::images::Image;
 use super::jetstream::{Events, Ledger};
 use super::nats::{NatsOptions, NatsServer, NatsVersion, round_trip};
 use super::results::{Results, header};
 use super::wait::{PATIENCE, within};
+use super::warmth::{self, Warmth};
 
 /// One job's end, as its requester and as a subscriber of the results saw it.
 #[derive(Debug)]
@@ -78,6 +79,8 @@ pub(crate) struct World {
     pub(crate) settings: Settings,
     /// The name of the busybox image.
     pub(crate) image: String,
+    /// Whether its jobs should start in containers that wait for them, and how many have.
+    warmth: Warmth,
     /// A stream keeps the requests.
     durable: bool,
     prefix: String,
@@ -120,7 +123,9 @@ impl World {
         settings: &[(&str, &str)],
     ) -> Self {
         let client = nats.client().await;
-        let settings = Settings::new().nats(&nats).engine(&engine).set_all(settings);
+        let pool = warmth::settings(&image);
+        let pool: Vec<_> = pool.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        let settings = Settings::new().nats(&nats).engine(&engine).set_all(&pool).set_all(settings);
         let results = Results::subscribe(&client, "functions.results").await;
         let mut daemon = Daemon::spawn(&settings);
         daemon.wait_ready().await;
@@ -132,6 +137,7 @@ impl World {
             client,
             nats,
             engine,
+            warmth: Warmth::of(&settings, &image),
             durable: settings.get("DELIVERY") == Some("jetstream"),
             settings,
             image,
@@ -160,6 +166,7 @@ impl World {
     /// stream has it.
     pub(crate) async fn submit(&self, request: Value) -> String {
         let (id, request) = self.complete(request);
+        Box::pin(self.warmth.wait_for(self, &request)).await;
         if self.durable {
             self.ledger.publish_acked("functions.execute", &request, HeaderMap::new()).await;
             return id;
@@ -172,6 +179,12 @@ impl World {
     /// Publishes a request and waits for its outcome and its result, which must agree.
     pub(crate) async fn execute(&self, request: Value) -> Ended {
         let (id, request) = self.complete(request);
+        // On the heap: tests make many at once, on stacks that are small.
+        let job = Box::pin(self.execute_complete(id, request.clone()));
+        Box::pin(self.warmth.run(self, &request, job)).await
+    }
+
+    async fn execute_complete(&self, id: String, request: Value) -> Ended {
         if self.durable {
             return self.execute_durably(id, request).await;
         }
@@ -235,6 +248,12 @@ impl World {
     /// Calls `functions.run`.
     pub(crate) async fn run(&self, request: Value) -> Value {
         let (_, request) = self.complete(request);
+        let job = Box::pin(self.run_complete(&request));
+        Box::pin(self.warmth.run(self, &request, job)).await
+    }
+
+    /// As [`run`](Self::run), with a request taken as it is.
+    pub(crate) async fn run_complete(&self, request: &Value) -> Value {
         let answer = within(
             "an answer to functions.run",
             PATIENCE,
@@ -267,18 +286,22 @@ impl World {
     /// The containers of this world's jobs, running or not.
     pub(crate) async fn containers(&self) -> Vec<bollard::models::ContainerSummary> {
         let mut all = self.engine.containers().await;
-        all.retain(|container| {
-            label(container, JOB_LABEL).is_some_and(|id| id.starts_with(&self.prefix))
-        });
+        all.retain(|container| job_of(container).is_some_and(|id| id.starts_with(&self.prefix)));
         all
     }
 
     /// Waits until nothing is left of this world's jobs.
     pub(crate) async fn clean(&self) {
         super::wait::eventually("no container of this test is left", || async {
-            self.containers().await.is_empty()
+            let rests = self.warmth.rests(self.idle().await.len());
+            rests && self.containers().await.is_empty()
         })
         .await;
+    }
+
+    /// The containers that wait for this world's jobs.
+    pub(crate) async fn idle(&self) -> Vec<bollard::models::ContainerSummary> {
+        self.engine.idle(self.daemon.pid()).await
     }
 
     /// Asserts that the daemon still does its work, with all of its slots.
@@ -296,6 +319,7 @@ impl World {
         for message in self.results.all() {
             *tally.entry(header(&message, "Job-Id").unwrap_or_default()).or_default() += 1;
         }
+        tally.retain(|id, _| !warmth::is_primer(id));
         tally
     }
 
@@ -313,7 +337,7 @@ impl Drop for World {
         self.daemon.signal(super::process::Signal::KILL);
         let prefix = self.prefix.clone();
         self.engine.remove_containers_blocking(move |container| {
-            label(container, JOB_LABEL).is_some_and(|id| id.starts_with(&prefix))
+            job_of(container).is_some_and(|id| id.starts_with(&prefix))
         });
     }
 }

@@ -1,0 +1,341 @@
+//! Containers that wait, and engines, daemons and neighbours that do them harm.
+
+use std::time::Duration;
+
+use bollard::models::ContainerSummary;
+use bollard::query_parameters::{KillContainerOptions, ListVolumesOptions, RemoveContainerOptions};
+use futures::future::join_all;
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, UnixStream};
+
+use super::{is_warm, run_warm, shell, wait_for_waiting, warm_world, warm_world_on};
+use crate::support::daemon::{Daemon, message_of};
+use crate::support::engine::{AGENT_VOLUMES, Engine, PrivateEngine};
+use crate::support::images::Image;
+use crate::support::process::{self, Signal};
+use crate::support::results::header;
+use crate::support::wait::eventually;
+use crate::support::world::{World, held};
+
+fn ids(containers: &[ContainerSummary]) -> Vec<String> {
+    containers.iter().filter_map(|container| container.id.clone()).collect()
+}
+
+/// The volumes on this engine that hold an agent.
+async fn volumes(engine: &Engine) -> Vec<String> {
+    let found = engine
+        .docker()
+        .list_volumes(None::<ListVolumesOptions>)
+        .await
+        .unwrap()
+        .volumes
+        .unwrap_or_default();
+    let names = found.into_iter().map(|volume| volume.name);
+    names.filter(|name| name.starts_with(AGENT_VOLUMES)).collect()
+}
+
+async fn host_pid(world: &World, container: &str) -> u32 {
+    let inspected = world.engine.docker().inspect_container(container, None).await.unwrap();
+    inspected.state.and_then(|state| state.pid).unwrap().try_into().unwrap()
+}
+
+/// Waits until the engine does not know this container any more.
+async fn is_gone(world: &World, container: &str) {
+    eventually("the container is gone", || async {
+        world.engine.docker().inspect_container(container, None).await.is_err()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn an_engine_that_dies_with_a_full_pool_leaves_work_to_be_done() {
+    let mut private = PrivateEngine::start().await;
+    let settings = [("MAX_CONTAINERS", "2"), ("MAX_DELIVER", "20"), ("REAP_INTERVAL", "1s")];
+    let mut world = warm_world_on(private.engine().await, 3, &settings).await;
+    wait_for_waiting(&world, 3).await;
+    let before = ids(&world.idle().await);
+    private.kill().await;
+    private.restart().await;
+    world.works(2).await;
+    eventually("others wait in their place", || async {
+        let idle = world.idle().await;
+        let new = idle.len() == 3 && idle.iter().all(super::is_running);
+        new && ids(&idle).iter().all(|id| !before.contains(id))
+    })
+    .await;
+    run_warm(&world, &json!({"parameter": "true"})).await;
+    world.clean().await;
+    world.daemon.signal(Signal::TERM);
+    assert_eq!(world.daemon.exit().await.code(), Some(0), "{}", world.daemon.log().text());
+    assert!(world.idle().await.is_empty() && world.containers().await.is_empty());
+    assert!(volumes(&world.engine).await.is_empty());
+    let left = private.processes();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_pool_that_is_killed_from_outside_costs_no_attempt() {
+    let world = warm_world(3, &[]).await;
+    for by_removal in [false, true] {
+        wait_for_waiting(&world, 3).await;
+        let idle = ids(&world.idle().await);
+        let docker = world.engine.docker();
+        join_all(idle.iter().map(|id| async move {
+            if by_removal {
+                let options = RemoveContainerOptions { force: true, ..Default::default() };
+                docker.remove_container(id, Some(options)).await.unwrap();
+            } else {
+                docker.kill_container(id, None::<KillContainerOptions>).await.unwrap();
+            }
+        }))
+        .await;
+        let ended = world.execute(json!({"parameter": "echo all the same"})).await;
+        assert_eq!(ended.text(), "all the same\n", "{}", ended.outcome);
+        assert_eq!(ended.outcome["attempt"], 1, "{}", ended.outcome);
+        for id in &idle {
+            is_gone(&world, id).await;
+        }
+        run_warm(&world, &json!({"parameter": "true"})).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_container_that_does_not_answer_costs_a_moment_and_no_attempt() {
+    let world = warm_world(1, &[]).await;
+    for by_the_engine in [true, false] {
+        wait_for_waiting(&world, 1).await;
+        let stuck = ids(&world.idle().await).remove(0);
+        let pid = host_pid(&world, &stuck).await;
+        if by_the_engine {
+            world.engine.docker().pause_container(&stuck).await.unwrap();
+        } else {
+            process::suspend(pid);
+        }
+        let ended = world.execute(json!({"parameter": "hostname"})).await;
+        assert_eq!(ended.status(), "succeeded", "{}", ended.outcome);
+        assert_eq!(ended.outcome["attempt"], 1, "{}", ended.outcome);
+        assert_eq!(ended.outcome["start"], "cold", "{}", ended.outcome);
+        assert!(!stuck.starts_with(ended.text().trim()), "it ran in the one that hangs");
+        is_gone(&world, &stuck).await;
+        run_warm(&world, &json!({"parameter": "true"})).await;
+    }
+    world.clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn the_next_daemon_removes_what_a_killed_one_left_and_runs_its_job_once_more() {
+    let image = Image::Busybox.name();
+    let settings = [
+        ("WARM_CONTAINERS", "3"),
+        ("WARM_IMAGES", image.as_str()),
+        ("ACK_WAIT", "3s"),
+        ("REAP_INTERVAL", "1s"),
+    ];
+    let mut world = World::durable(&settings).await;
+    wait_for_waiting(&world, 3).await;
+    // The first job in the container that was started first, and it runs on without its daemon.
+    let id = world.submit(held(json!({}))).await;
+    let container = world.engine.running(&id).await;
+    let inspected = world.engine.docker().inspect_container(&container, None).await.unwrap();
+    let labels = inspected.config.unwrap().labels.unwrap();
+    assert!(labels.contains_key("worker-spawner.warm"), "it started cold: {labels:?}");
+    wait_for_waiting(&world, 3).await;
+    let mut left = ids(&world.idle().await);
+    left.push(container.clone());
+    world.daemon.crash().await;
+    // Nobody speaks to them any more: they end by themselves, the job's with its function.
+    for container in &left {
+        eventually("it has ended", || async {
+            let inspected = world.engine.docker().inspect_container(container, None).await;
+            inspected.map_or(true, |found| found.state.unwrap().running == Some(false))
+        })
+        .await;
+    }
+    let mut next = Daemon::spawn(&world.settings);
+    std::mem::swap(&mut world.daemon, &mut next);
+    world.daemon.wait_ready().await;
+    for container in &left {
+        is_gone(&world, container).await;
+    }
+    // What the dead one left is not removed by the test before this.
+    drop(next);
+    let second = world.engine.running(&id).await;
+    assert_ne!(second, container);
+    world.engine.exec(&second, &["touch", "/tmp/go"]).await;
+    let ended = world.ended(&id).await;
+    assert_eq!(ended.result.payload, "released\n");
+    assert_eq!(ended.outcome["attempt"], 2, "{}", ended.outcome);
+    world.ledger.settled().await;
+    assert_eq!(world.ledger.tally().await[&id], 1);
+    world.clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_daemon_that_is_asked_to_end_takes_all_it_made_along() {
+    let private = PrivateEngine::start().await;
+    let mut world = warm_world_on(private.engine().await, 3, &[]).await;
+    wait_for_waiting(&world, 3).await;
+    assert_eq!(volumes(&world.engine).await.len(), 1);
+    // While containers are being made as well.
+    world.works(3).await;
+    world.daemon.signal(Signal::TERM);
+    assert_eq!(world.daemon.exit().await.code(), Some(0), "{}", world.daemon.log().text());
+    assert!(world.idle().await.is_empty() && world.containers().await.is_empty());
+    assert!(volumes(&world.engine).await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_daemon_that_ends_does_not_take_its_neighbours_agent_along() {
+    let private = PrivateEngine::start().await;
+    let mut leaving = warm_world_on(private.engine().await, 1, &[]).await;
+    wait_for_waiting(&leaving, 1).await;
+    // It has the agent, and nothing of it is in use.
+    let staying = World::with(
+        crate::support::nats::NatsOptions::default(),
+        private.engine().await,
+        &[("WARM_CONTAINERS", "2")],
+    )
+    .await;
+    leaving.daemon.signal(Signal::TERM);
+    assert_eq!(leaving.daemon.exit().await.code(), Some(0));
+    // Sooner than the patience of this function is a matter of seconds.
+    run_warm(&staying, &json!({"parameter": "true"})).await;
+    let log = staying.daemon.log().text();
+    assert!(!log.contains("\"WARN\""), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn an_agent_of_another_build_is_removed_unless_it_is_in_use() {
+    let private = PrivateEngine::start().await;
+    let engine = private.engine().await;
+    let image = engine.image(Image::Busybox).await;
+    let old = format!("{AGENT_VOLUMES}0123456789abcdef");
+    let used = format!("{AGENT_VOLUMES}fedcba9876543210");
+    for name in [&old, &used] {
+        let request =
+            bollard::models::VolumeCreateRequest { name: Some(name.clone()), ..Default::default() };
+        engine.docker().create_volume(request).await.unwrap();
+    }
+    let body = bollard::models::ContainerCreateBody {
+        image: Some(image),
+        host_config: Some(bollard::models::HostConfig {
+            binds: Some(vec![format!("{used}:/x")]),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    engine.docker().create_container(None, body).await.unwrap();
+    let world = warm_world_on(engine, 1, &[]).await;
+    wait_for_waiting(&world, 1).await;
+    let left = volumes(&world.engine).await;
+    assert!(!left.contains(&old) && left.contains(&used) && left.len() == 2, "{left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn an_agent_that_vanishes_is_delivered_again() {
+    let private = PrivateEngine::start().await;
+    let world = warm_world_on(private.engine().await, 1, &[]).await;
+    wait_for_waiting(&world, 1).await;
+    let volume = volumes(&world.engine).await.remove(0);
+    let found = world.engine.docker().inspect_volume(&volume).await.unwrap();
+    std::fs::remove_file(format!("{}/agent", found.mountpoint)).unwrap();
+    // Those that wait have it; the next ones do not.
+    for _ in 0..4 {
+        let ended = world.execute(json!({"parameter": "echo either way"})).await;
+        assert_eq!(ended.text(), "either way\n", "{}", ended.outcome);
+        assert_eq!(ended.outcome["attempt"], 1, "{}", ended.outcome);
+    }
+    run_warm(&world, &json!({"parameter": "true"})).await;
+    world.clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn an_engine_that_does_not_take_the_agent_is_told_of_once() {
+    // Between the daemon and the engine, somebody answers one kind of call himself.
+    let port = refuse("/volumes/create").await;
+    let host = format!("tcp://127.0.0.1:{port}");
+    let world = warm_world(2, &[("DOCKER_HOST", &host)]).await;
+    let is_complaint = |event: &serde_json::Value| message_of(event).contains("jobs start cold");
+    world.daemon.log().wait_for("it says why", is_complaint).await;
+    for _ in 0..5 {
+        let ended = world.execute(json!({"parameter": "echo all the same"})).await;
+        assert_eq!(ended.text(), "all the same\n", "{}", ended.outcome);
+        assert!(!is_warm(&ended) && ended.outcome["attempt"] == 1, "{}", ended.outcome);
+    }
+    assert!(world.idle().await.is_empty());
+    let said = world.daemon.log().events().into_iter().filter(is_complaint).count();
+    assert_eq!(said, 1, "{}", world.daemon.log().text());
+    world.clean().await;
+}
+
+/// A way to the shared engine on which calls of `path` are answered with an error. Open as long as
+/// the test's runtime is.
+async fn refuse(path: &'static str) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let host = std::env::var("DOCKER_HOST").unwrap_or_default();
+                let socket = host.strip_prefix("unix://").unwrap_or("/var/run/docker.sock");
+                let mut engine = UnixStream::connect(socket).await.unwrap();
+                let (mut there, mut back) = (vec![0; 16 << 10], vec![0; 16 << 10]);
+                loop {
+                    tokio::select! {
+                        Ok(read @ 1..) = client.read(&mut there) => {
+                            let call = &there[..read];
+                            // A call's first line comes in one piece: it begins a message.
+                            if call.windows(path.len()).any(|window| window == path.as_bytes()) {
+                                let body = r#"{"message":"not today"}"#;
+                                let answer = format!(
+                                    "HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\n\
+                                     Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
+                                    body.len()
+                                );
+                                let _ = client.write_all(answer.as_bytes()).await;
+                                return;
+                            }
+                            if engine.write_all(call).await.is_err() { return }
+                        }
+                        Ok(read @ 1..) = engine.read(&mut back) => {
+                            if client.write_all(&back[..read]).await.is_err() { return }
+                        }
+                        else => return,
+                    }
+                }
+            });
+        }
+    });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_container_that_is_killed_while_its_job_runs_is_reported_as_any_other() {
+    let world = warm_world(2, &[("MAX_DELIVER", "1")]).await;
+    wait_for_waiting(&world, 2).await;
+    let killed = world.hold().await;
+    world.engine.docker().kill_container(&killed.container, None).await.unwrap();
+    let message = world.results.wait_for(&killed.id).await;
+    assert_eq!(header(&message, "Job-Status").as_deref(), Some("failed"), "{:?}", message.headers);
+    assert_eq!(header(&message, "Job-Exit-Code").as_deref(), Some("137"), "{:?}", message.headers);
+    // Its first process alone, with the function left without anybody: nothing runs on.
+    wait_for_waiting(&world, 2).await;
+    let orphaned = world.hold().await;
+    process::send(host_pid(&world, &orphaned.container).await, Signal::KILL);
+    let message = world.results.wait_for(&orphaned.id).await;
+    assert_ne!(header(&message, "Job-Status").as_deref(), Some("succeeded"));
+    is_gone(&world, &orphaned.container).await;
+    // An agent that stands still while its function runs: its deadline comes all the same.
+    wait_for_waiting(&world, 2).await;
+    let mut request = shell("echo begun; sleep 1000");
+    request["timeout_ms"] = json!(3000);
+    let id = world.submit(request).await;
+    let container = world.engine.running(&id).await;
+    process::suspend(host_pid(&world, &container).await);
+    let message = world.results.wait_for(&id).await;
+    assert_ne!(header(&message, "Job-Status").as_deref(), Some("succeeded"));
+    is_gone(&world, &container).await;
+    tokio::time::timeout(Duration::from_secs(90), world.works(5)).await.unwrap();
+    world.clean().await;
+}
