@@ -52,8 +52,9 @@ const TROUBLE: Backoff = Backoff { first: Duration::from_secs(1), most: Duration
 /// Delays while the engine is away.
 const ABSENCE: Backoff =
     Backoff { first: Duration::from_millis(250), most: Duration::from_secs(5) };
-/// How long after the agent was delivered it may be found missing and be delivered again.
-const DELIVERY_INTERVAL: Duration = Duration::from_secs(60);
+/// How long after the agent was delivered again it may be so once more. An instance of the same build
+/// that ends takes it along where it is not in use just then.
+const DELIVERY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// What is fixed when a container is created, as far as jobs differ in it. Limits are not: an engine
 /// changes them for a container that waits in a fraction of the time it takes to make one.
@@ -276,12 +277,16 @@ impl Pool {
             }
             tokio::select! {
                 Some(created) = creations.join_next() => {
-                    let missing = matches!(created, Ok((_, Err(CreateError::NoAgent))));
+                    let missing = match &created {
+                        Ok((key, Err(CreateError::NoAgent))) => Some(key.clone()),
+                        _ => None,
+                    };
                     self.finish(created);
                     let lately = delivered_again.is_some_and(|at| at.elapsed() < DELIVERY_INTERVAL);
-                    if missing && !lately {
+                    if let Some(key) = missing.filter(|_| !lately) {
                         self.deliver(shared, true).await;
                         delivered_again = Some(Instant::now());
+                        self.retry(&key);
                     }
                 }
                 () = self.wake.notified() => tokio::time::sleep(LINGER).await,
@@ -378,21 +383,33 @@ impl Pool {
             }
             Err(error) => {
                 self.counters.failed();
-                let delay = if error.is_refusal() {
+                // That the agent is missing is worth a word when delivering it has not helped.
+                let tolerated = u32::from(matches!(error, CreateError::NoAgent));
+                let is_refusal = error.is_refusal();
+                let delay = if is_refusal {
                     kind.failures += 1;
                     TROUBLE.delay(kind.failures)
                 } else {
                     ABSENCE.most
                 };
                 kind.not_before = Some(Instant::now() + delay);
-                // Where none can be made at all, one image speaks for the others.
-                let is_news =
-                    self.counters.has_created() || !self.failure_said.swap(true, Ordering::Relaxed);
-                if kind.failures == 1 && is_news {
+                if is_refusal && kind.failures == 1 + tolerated && self.is_news() {
                     let image = kind.pattern.image.as_str();
                     tracing::warn!(image, %error, "no warm container could be made of this image; its jobs start cold");
                 }
             }
+        }
+    }
+
+    /// Whether a failure is worth a word. Where none can be made at all, one image speaks for all.
+    fn is_news(&self) -> bool {
+        self.counters.has_created() || !self.failure_said.swap(true, Ordering::Relaxed)
+    }
+
+    /// Lets the next container of a kind be made now: what was missing is there.
+    fn retry(&self, key: &Key) {
+        if let Some(kind) = self.kinds().get_mut(key) {
+            kind.not_before = None;
         }
     }
 
