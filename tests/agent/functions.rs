@@ -48,7 +48,7 @@ fn arguments_are_passed_as_they_are() {
     assert_eq!(run(&start).stdout, [b"<", &arg[..], b"><>"].concat());
     // Of many and long ones as well.
     let long = "x".repeat(100_000);
-    let many = vec![long.as_str(); 10];
+    let many = [long.as_str(); 10];
     let outcome = run(&self::start(&[&["printf", "%s"], &many[..]].concat()));
     assert_eq!(outcome.stdout.len(), 1_000_000);
 }
