@@ -146,6 +146,40 @@ stop_new_services() {
     done < <(running_services)
 }
 
+# private_apt DIRECTORY RELEASE: a configuration of apt for that release of Debian, DIRECTORY/apt.conf, with files of its
+# own and from the mirrors that this machine has: apt checks the archive's signatures, nothing is installed, and the
+# machine's own lists of packages stay as they are. Needs no root.
+private_apt() {
+    local work=$1 release=$2 mirror here
+    here="$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)"
+    # Other archives may have a release of that name too. What Debian has not signed is not taken.
+    apt-get --print-uris update | sed -n "s|^'\(.*\)/dists/$here/InRelease'.*|\1|p" | while read -r mirror; do
+        echo "deb [target=Packages signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $release main"
+    done >"$work/sources.list"
+    mkdir -p "$work"/{lists,cache/archives}/partial
+    # The machine's own hooks would clear its cache. A release in the making expires within days, and a mirror that is
+    # behind, or a snapshot, still serves what Debian signed.
+    cat >"$work/apt.conf" <<CONFIG
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+Dir::State "$work";
+Dir::State::lists "$work/lists";
+Dir::State::status "/dev/null";
+Dir::Cache "$work/cache";
+Dir::Etc::SourceList "$work/sources.list";
+Dir::Etc::SourceParts "/dev/null";
+Dir::Etc::Preferences "/dev/null";
+Dir::Etc::PreferencesParts "/dev/null";
+APT::Sandbox::User "root";
+APT::Default-Release "";
+Acquire::Check-Valid-Until "false";
+Acquire::Retries "2";
+Acquire::http::Timeout "30";
+CONFIG
+    # One of several mirrors is enough, so a failure here is told by whoever finds no package.
+    apt-get -q -c "$work/apt.conf" update || true
+}
+
 # The compiler comes from rustup: Debian's own is often older than rust-version in Cargo.toml.
 need_cargo() {
     command -v cargo >/dev/null ||

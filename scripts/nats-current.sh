@@ -48,7 +48,7 @@ nats_fetch() {
     say "fetching nats-server of Debian $1"
     work="$(mktemp -d)"
     at_exit "rm -rf '$work'"
-    if { nats_private_apt "$work" "$1" && nats_download "$work"; } >"$work/log" 2>&1 </dev/null; then
+    if { private_apt "$work" "$1" && nats_download "$work"; } >"$work/log" 2>&1 </dev/null; then
         # Another run may be at it as well, and a server that runs cannot be written to.
         mkdir -p "${NATS_SERVER_CURRENT%/*}" && mv -f "$work/nats-server" "$NATS_SERVER_CURRENT"
         "$NATS_SERVER_CURRENT" --version >&2 || warn "the nats-server of Debian $1 does not run here"
@@ -61,42 +61,9 @@ nats_fetch() {
     return "$status"
 }
 
-# nats_private_apt DIRECTORY RELEASE: a configuration of apt for that release, from the mirrors that this machine has.
-nats_private_apt() {
-    local work=$1 release=$2 mirror here
-    here="$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)"
-    # Other archives may have a release of that name too. What Debian has not signed is not taken.
-    apt-get --print-uris update | sed -n "s|^'\(.*\)/dists/$here/InRelease'.*|\1|p" | while read -r mirror; do
-        echo "deb [target=Packages signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $release main"
-    done >"$work/sources.list"
-    mkdir -p "$work"/{lists,cache/archives}/partial
-    # The machine's own hooks would clear its cache. A release in the making expires within days, and a mirror that is
-    # behind, or a snapshot, still serves what Debian signed.
-    cat >"$work/apt.conf" <<CONFIG
-#clear APT::Update::Post-Invoke;
-#clear APT::Update::Post-Invoke-Success;
-Dir::State "$work";
-Dir::State::lists "$work/lists";
-Dir::State::status "/dev/null";
-Dir::Cache "$work/cache";
-Dir::Etc::SourceList "$work/sources.list";
-Dir::Etc::SourceParts "/dev/null";
-Dir::Etc::Preferences "/dev/null";
-Dir::Etc::PreferencesParts "/dev/null";
-APT::Sandbox::User "root";
-APT::Default-Release "";
-Acquire::Check-Valid-Until "false";
-Acquire::Retries "2";
-Acquire::http::Timeout "30";
-CONFIG
-}
-
-# One of several mirrors is enough, so the first command's failure is told by the second one's.
 nats_download() {
-    local work=$1 apt
-    apt=(apt-get -q -c "$work/apt.conf")
-    "${apt[@]}" update || true
-    (cd "$work" && "${apt[@]}" download nats-server) || return 1
+    local work=$1
+    (cd "$work" && apt-get -q -c "$work/apt.conf" download nats-server) || return 1
     dpkg-deb --fsys-tarfile "$work"/nats-server_*.deb | tar -x --to-stdout --wildcards '*bin/nats-server' >"$work/nats-server" &&
         chmod 755 "$work/nats-server"
 }
