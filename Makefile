@@ -1,10 +1,10 @@
 # `make` lists what there is. What they run is in scripts/, which says more.
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-long soak fuzz bench bench-long services services-stop image-check lint fmt deny ci clean
+.PHONY: help build demo test test-long test-engine-current soak fuzz bench bench-long services services-stop image-check lint fmt deny ci clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build the release binary: target/release/worker-spawner
 	cargo build --release --locked
@@ -17,6 +17,9 @@ test: ## Install and start what is missing, run every test, leave nothing behind
 
 test-long: ## The same, with the tests that take long
 	@scripts/test.sh --long
+
+test-engine-current: ## The tests of what an engine does, on a current Docker engine
+	@scripts/engine-current.sh
 
 soak: ## Hurt daemons, NATS and engine for an hour, and check that nothing accepted was lost
 	@scripts/test.sh --soak

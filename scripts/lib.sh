@@ -75,7 +75,7 @@ package_of() {
     htpasswd) echo apache2-utils ;;
     ip) echo iproute2 ;;
     ps | pgrep | pkill) echo procps ;;
-    unshare | nsenter | flock | findmnt | setsid | setpriv) echo util-linux ;;
+    unshare | nsenter | flock | findmnt | setsid | setpriv | pivot_root) echo util-linux ;;
     cc) echo gcc libc6-dev ;;
     pip3) echo python3-pip ;;
     *) echo "$1" ;;
