@@ -43,7 +43,9 @@ async fn a_function_finds_no_way_out() {
         ("read the kernel's log", "dmesg | head -1 | grep . && echo out"),
         (
             "change the control group",
-            "for d in /sys/fs/cgroup /sys/fs/cgroup/memory; do mkdir $d/x && echo out; done",
+            // Not in /sys/fs/cgroup: with version 1 that is a tmpfs of the container's own.
+            "for d in $(awk '$3 ~ /^cgroup/ { print $2 }' /proc/mounts); do \
+                 mkdir $d/x && echo out; echo 0 > $d/cgroup.procs && echo out; done",
         ),
         ("make a network device", "ip link add d0 type dummy && echo out"),
         ("take lo down", "ip link set lo down && echo out"),
