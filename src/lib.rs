@@ -41,6 +41,7 @@
 //! | [`retry`] | growing delays |
 //! | [`shutdown`] | signals and the drain's deadline |
 //! | [`failpoint`](mod@failpoint) | where a test can have the daemon die |
+//! | [`stage`](mod@stage) | where a job's time goes |
 
 pub mod admission;
 pub mod agent;
@@ -62,6 +63,7 @@ pub mod retry;
 pub mod runner;
 pub mod shutdown;
 pub mod source;
+pub mod stage;
 pub mod state;
 pub mod topology;
 pub mod undertaker;

@@ -227,7 +227,9 @@ impl Publisher {
             unbroken = false;
             let epoch = self.connection.epoch();
             self.send(outcome, route).await;
+            crate::stage!("sent", outcome.id);
             if self.connection.confirmed(epoch).await {
+                crate::stage!("confirmed", outcome.id);
                 return;
             }
             tracing::warn!(job = %outcome.id, "the connection broke before the outcome was confirmed; it is sent again");

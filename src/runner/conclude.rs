@@ -33,6 +33,7 @@ impl Runner {
         ticket: &mut Ticket,
         settle: Box<dyn Settle>,
     ) {
+        crate::stage!("outcome made", outcome.id);
         let published = tokio::select! {
             biased;
             published = self.publish(&mut outcome, context, ticket) => published,
@@ -83,6 +84,7 @@ impl Runner {
             tracing::warn!(job = %outcome.id, "another worker has taken the job over: this outcome counts for nothing");
             return false;
         }
+        crate::stage!("decided", outcome.id);
         self.report(outcome);
         crate::failpoint!("outcome.decided");
         let decided = Decided {
@@ -109,6 +111,7 @@ impl Runner {
             self.publisher.bury(&context.message, &id, image.as_deref(), attempt, &error).await;
         }
         self.publisher.store(&id, result).await;
+        crate::stage!("confirmed", id);
         crate::failpoint!("result.published");
         self.publisher.reply(&id, &json, &context.route.replies).await;
         if claim.end().await.is_err() {

@@ -159,6 +159,7 @@ impl Runner {
     pub async fn handle(&self, delivery: Delivery, slot: Slot) {
         let Delivery { message, settle } = delivery;
         let begun = Instant::now();
+        crate::stage!("taken", message.id);
         let (decoded, mut context) = match self.body(&message).await {
             Ok(body) => self.decode(message, body, begun),
             Err(Failure::Transient(error)) if settle.can_retry() => {
@@ -176,12 +177,14 @@ impl Runner {
             Ok(request) => (request.job.id.clone(), Some(request.job.image.clone())),
             Err(refused) => (refused.id.clone(), refused.image.clone()),
         };
+        crate::stage!("decoded", id);
         // A request that comes again while this instance is at it: its consumer was made anew, or
         // the server lost sight of it. The one that runs decides what becomes of both.
         let _turn = self.turn(context.message.sequence).await;
         let Some(settle) = demoted(&decoded, &context, settle).await else { return };
         let admitted = self.admit(&id, image.clone(), &context, settle, slot).await;
         let Some((mut ticket, settle, slot)) = admitted else { return };
+        crate::stage!("admitted", id);
         (context.attempt, context.spare) = (ticket.attempt(), ticket.record().handed_over);
         let failure = match decoded {
             _ if context.attempt > self.options.max_attempts + context.spare => {

@@ -123,6 +123,7 @@ impl Runner {
         } else {
             tokio::join!(conclusion, clean_up);
         }
+        crate::stage!("cleaned up", id);
         drop((slot, registration));
     }
 

@@ -121,6 +121,7 @@ impl Intake {
 
     fn take(&mut self, mut message: Message) {
         message.priority = Some(self.priority);
+        crate::stage!("received", message.id);
         let full = match self.buffer.push(message) {
             Ok(()) => false,
             Err(message) => {

@@ -291,6 +291,7 @@ impl JetStreamSource {
             deliveries,
         });
         message.delivery = Some((u64::try_from(made).unwrap_or(0), count));
+        crate::stage!("received", message.id);
         let too_old = message.received_at.checked_add(self.options.max_age);
         message.expires_at = message.expires_at.into_iter().chain(too_old).min();
         message.priority = Some(priority);

@@ -87,6 +87,7 @@ impl ColdRun {
         let created_at = Instant::now();
         let started = async {
             created?;
+            crate::stage!("created", self.job.id);
             crate::failpoint!("container.created");
             self.container.start(self.job.stdin.is_some()).await
         };
@@ -97,6 +98,7 @@ impl ColdRun {
             }
             failure(error, &self.job)
         })?;
+        crate::stage!("begun", self.job.id);
         self.output = Some(attached.output);
         self.exit = Some(self.container.exit_code());
         self.stdin = self
@@ -165,6 +167,7 @@ impl ColdRun {
                     self.exit_code = Some(exit.await?);
                 }
                 (None, Some(code)) => {
+                    crate::stage!("end heard", self.job.id);
                     let explained = self.container.explain(code, self.init_message.as_deref());
                     return explained.await.map(Event::Exited);
                 }

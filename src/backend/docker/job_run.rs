@@ -35,6 +35,7 @@ impl JobRun {
             Ok(leased) => leased,
             Err(miss) => return Ok(Some(miss)),
         };
+        crate::stage!("leased", self.job.id);
         // Kept where the clean-up finds it, should this be dropped half-way.
         let run = self.warm.insert(WarmRun::new(idle, &self.job));
         let Err(miss) = run.begin(&order, self.job.stdin.clone()).await else { return Ok(None) };
@@ -63,6 +64,7 @@ impl Run for JobRun {
             )));
         }
         let pulled = Instant::now();
+        crate::stage!("image known", self.job.id);
         let miss = self.start_warm(&image).await?;
         let counters = &self.shared.pool.counters;
         let Some(miss) = miss else {

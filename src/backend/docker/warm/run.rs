@@ -93,10 +93,11 @@ impl WarmRun {
         }
         let begun = async {
             line::say(&mut voice, order).await?;
+            crate::stage!("order written");
             ear.next().await
         };
         match tokio::time::timeout(START_PATIENCE, begun).await {
-            Ok(Ok(Said::Started)) => {}
+            Ok(Ok(Said::Started)) => crate::stage!("begun"),
             Ok(Ok(Said::Refused(refusal))) => {
                 tracing::debug!(step = ?refusal.step, errno = refusal.errno, "a warm container refused its function");
                 return Err(Miss::Refused);
@@ -122,9 +123,13 @@ impl WarmRun {
     pub(in crate::backend::docker) async fn next(&mut self) -> Result<Event, Failure> {
         if let Some(ear) = &mut self.ear {
             match ear.next().await {
-                Ok(Said::Stdout(chunk)) => return Ok(Event::Output(Stream::Stdout, chunk)),
+                Ok(Said::Stdout(chunk)) => {
+                    crate::stage!("output heard");
+                    return Ok(Event::Output(Stream::Stdout, chunk));
+                }
                 Ok(Said::Stderr(chunk)) => return Ok(Event::Output(Stream::Stderr, chunk)),
                 Ok(Said::Exited(exit)) => {
+                    crate::stage!("end heard");
                     self.exited = true;
                     if exit.oom_kills.is_some() || i64::from(exit.code) != KILLED {
                         return Ok(Event::Exited(told(exit)));
