@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Measures the daemon against the ways of running one container by hand, and prints the table of docs/BENCHMARKS.md.
 #
-#   scripts/bench.sh                    about seven minutes
-#   scripts/bench.sh --long             and memory over 2,000 jobs, and a burst of 10,000: about thirty minutes
+#   scripts/bench.sh                    about eleven minutes
+#   scripts/bench.sh --long             and memory over 2,000 jobs, and a burst of 10,000: about forty minutes
 #   scripts/bench.sh --without-daemon   the other contenders only
+#   scripts/bench.sh --warm             only containers that wait, and what they are compared with: about seven minutes
+#   scripts/bench.sh --breakdown        only where the time of one warm start goes: a minute
 #   scripts/bench.sh --durability       only what durable delivery costs
 #   scripts/bench.sh --rounds N | --budget SECONDS
 #

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use crate::daemon::{Batch, Daemon, Delivery, Nats, Usage};
+use crate::daemon::{Batch, Daemon, Delivery, Nats, Setup, Usage};
 use crate::engine::Engine;
 use crate::stats::Samples;
 
@@ -143,7 +143,7 @@ async fn rest(sides: &mut [Side]) -> Result<()> {
 impl Side {
     async fn start(delivery: Delivery) -> Result<Self> {
         let nats = Nats::start().await?;
-        let daemon = Daemon::start(&nats, SLOTS, delivery).await?;
+        let daemon = Daemon::start(&nats, Setup::cold(SLOTS, delivery)).await?;
         Ok(Self {
             delivery,
             daemon,

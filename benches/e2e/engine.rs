@@ -1,25 +1,30 @@
 //! The engine under test: the benchmark's image, the bare sequence of API calls that is the floor, and the sweep
 //! that removes whatever a run left.
 
-use std::collections::HashMap;
-use std::io::Write;
+use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use bollard::Docker;
 use bollard::models::{
-    ContainerCreateBody, HealthConfig, HostConfig, HostConfigLogConfig, ResourcesUlimits,
+    ContainerCreateBody, ContainerSummary, ContainerSummaryStateEnum, HealthConfig, HostConfig,
+    HostConfigLogConfig, ResourcesUlimits,
 };
 use bollard::query_parameters::{
     AttachContainerOptionsBuilder, CreateContainerOptions, ListContainersOptionsBuilder,
-    RemoveContainerOptionsBuilder, RemoveImageOptionsBuilder, StartContainerOptions,
-    WaitContainerOptionsBuilder,
+    ListImagesOptionsBuilder, RemoveContainerOptionsBuilder, RemoveImageOptionsBuilder,
+    RemoveVolumeOptions, StartContainerOptions, WaitContainerOptionsBuilder,
 };
 use futures::StreamExt;
 
+use crate::images;
+
+/// What the names of all images of the benchmark begin with.
+pub(crate) const IMAGES: &str = "worker-spawner-bench/";
 pub(crate) const IMAGE: &str = "worker-spawner-bench/busybox:latest";
 pub(crate) const COMMAND: [&str; 2] = ["echo", "hi"];
 pub(crate) const PRINTED: &str = "hi\n";
@@ -31,20 +36,49 @@ pub(crate) struct Timing {
 }
 
 #[derive(Clone)]
-pub(crate) struct Engine(Docker);
+pub(crate) struct Engine {
+    pub(crate) docker: Docker,
+    /// The pools there should be, by their daemons' processes.
+    pools: Arc<Mutex<HashMap<u32, Pool>>>,
+    /// The volume of the daemons' agent was there before them, and is not theirs alone.
+    agent_was_there: bool,
+}
+
+/// Containers of one daemon that wait.
+#[derive(Default)]
+struct Pool {
+    /// How many; nothing where it is left to the daemon.
+    size: Option<usize>,
+    /// Those that waited when it was at rest last.
+    waited: HashSet<String>,
+    /// How many of them were taken since.
+    taken: usize,
+}
+
+/// A daemon's label on its containers: four parts, of which the third is its process.
+const LABEL_OWNER: &str = "worker-spawner.owner";
+/// A daemon's label on a container that was made ahead of time.
+const LABEL_WARM: &str = "worker-spawner.warm";
+/// A daemon's label with the image's name: what an engine lists is an id at times.
+const LABEL_IMAGE: &str = "worker-spawner.image";
+/// The benchmark's own label on a container that runs beside the contenders.
+pub(crate) const LABEL_BYSTANDER: &str = "worker-spawner-bench.bystander";
+/// How long a container's agent may take to be heard of once the container runs.
+const HELLO: Duration = Duration::from_millis(20);
 
 impl Engine {
     pub(crate) async fn connect() -> Result<Self> {
         let docker = Docker::connect_with_defaults().context("no Docker client")?;
         let docker =
             docker.negotiate_version().await.context("the Docker engine does not answer")?;
-        Ok(Self(docker))
+        let volume = docker.inspect_volume(&agent_volume()).await;
+        Ok(Self { docker, pools: Arc::default(), agent_was_there: volume.is_ok() })
     }
 
     /// One line that says what the figures were measured on.
     pub(crate) async fn describe(&self) -> Result<String> {
-        let version = self.0.version().await?;
-        let info = self.0.info().await?;
+        let version = self.docker.version().await?;
+        let info = self.docker.info().await?;
         Ok(format!(
             "engine {} (API {}, {}, cgroup v{}, {}), kernel {}, {} cores",
             version.version.unwrap_or_default(),
@@ -67,31 +101,22 @@ impl Engine {
         std::fs::copy(&busybox, bin.join("busybox"))
             .with_context(|| format!("{busybox}: install busybox-static or set BENCH_BUSYBOX"))?;
         std::fs::set_permissions(bin.join("busybox"), std::fs::Permissions::from_mode(0o755))?;
-        for applet in ["sh", "echo", "true"] {
+        for applet in ["sh", "echo", "true", "cat"] {
             symlink("busybox", bin.join(applet))?;
         }
-        let archive = pack(root.path())?;
-        let mut import = Command::new("docker")
-            .args(["import", "--change", "ENV PATH=/bin", "-", IMAGE])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()
-            .context("docker: the command line client is one of the contenders")?;
-        import.stdin.take().context("no stdin")?.write_all(&archive)?;
-        ensure!(import.wait()?.success(), "docker import failed");
-        Ok(())
+        images::import(&mut &pack(root.path())?[..], IMAGE, "/bin")
     }
 
     /// The floor: what any client has to ask of the engine for one job, in the order that loses no output.
     pub(crate) async fn run_bare(&self, body: ContainerCreateBody) -> Result<Timing> {
         let started = Instant::now();
-        let id = self.0.create_container(None::<CreateContainerOptions>, body).await?.id;
+        let id = self.docker.create_container(None::<CreateContainerOptions>, body).await?.id;
         let attach =
             AttachContainerOptionsBuilder::default().stdout(true).stderr(true).stream(true).build();
-        let mut attached = self.0.attach_container(&id, Some(attach)).await?;
-        self.0.start_container(&id, None::<StartContainerOptions>).await?;
+        let mut attached = self.docker.attach_container(&id, Some(attach)).await?;
+        self.docker.start_container(&id, None::<StartContainerOptions>).await?;
         let wait = WaitContainerOptionsBuilder::default().condition("not-running").build();
-        let mut wait = std::pin::pin!(self.0.wait_container(&id, Some(wait)));
+        let mut wait = std::pin::pin!(self.docker.wait_container(&id, Some(wait)));
         let drain = async {
             let mut output = Vec::new();
             while let Some(chunk) = attached.output.next().await {
@@ -103,7 +128,7 @@ impl Engine {
         let to_result = started.elapsed();
         let output = output?;
         let code = exit.context("wait ended without an answer")??.status_code;
-        self.0
+        self.docker
             .remove_container(
                 &id,
                 Some(RemoveContainerOptionsBuilder::default().force(true).v(true).build()),
@@ -114,48 +139,131 @@ impl Engine {
         Ok(Timing { to_result, to_removed })
     }
 
-    async fn containers(&self) -> Result<Vec<String>> {
-        let filters = HashMap::from([("ancestor", vec![IMAGE])]);
-        let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
-        match self.0.list_containers(Some(options)).await {
-            Ok(list) => Ok(list.into_iter().filter_map(|c| c.id).collect()),
-            Err(bollard::errors::Error::DockerResponseServerError { status_code: 404, .. }) => {
-                Ok(Vec::new())
-            }
-            Err(error) => Err(error.into()),
+    /// Those of the benchmark's images, whoever made them.
+    pub(crate) async fn containers(&self) -> Result<Vec<ContainerSummary>> {
+        let options = ListContainersOptionsBuilder::default().all(true).build();
+        let all = self.docker.list_containers(Some(options)).await?;
+        let is_ours = |c: &ContainerSummary| {
+            let named = [c.image.as_deref(), label(c, LABEL_IMAGE)];
+            named.into_iter().flatten().any(|name| name.starts_with(IMAGES))
+        };
+        Ok(all.into_iter().filter(is_ours).collect())
+    }
+
+    /// From now on so many containers wait for jobs of this daemon whenever there is nothing to do.
+    pub(crate) fn expect_pool(&self, daemon: u32, size: Option<usize>) {
+        self.pools.lock().unwrap().insert(daemon, Pool { size, ..Pool::default() });
+    }
+
+    /// None any more.
+    pub(crate) fn expect_no_pool(&self, daemon: u32) {
+        self.pools.lock().unwrap().remove(&daemon);
+    }
+
+    /// So many jobs of this daemon began in a container that waited: as many new ones are to come, which is how a full
+    /// pool is told from one whose last container has not gone yet.
+    pub(crate) fn taken(&self, daemon: u32, jobs: usize) {
+        if let Some(pool) = self.pools.lock().unwrap().get_mut(&daemon) {
+            pool.taken += jobs;
         }
     }
 
-    /// Waits until no container of the benchmark is left, so that no contender pays for the one before it.
+    /// Waits until no container of the benchmark is left but those that wait, and every pool is full, so that no
+    /// contender pays for the one before it.
     pub(crate) async fn drained(&self) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             let left = self.containers().await?;
-            if left.is_empty() {
-                return Ok(());
+            if self.is_at_rest(&left) {
+                break;
             }
             if Instant::now() > deadline {
-                bail!("{} containers were still there 30 s after the last result", left.len());
+                bail!("there were {} containers 60 s after the last result", left.len());
             }
             tokio::time::sleep(Duration::from_millis(3)).await;
         }
+        if !self.pools.lock().unwrap().is_empty() {
+            tokio::time::sleep(HELLO).await;
+        }
+        Ok(())
     }
 
-    /// Removes every container of the benchmark's image, then the image.
-    pub(crate) async fn sweep(&self) {
-        for id in self.containers().await.unwrap_or_default() {
-            let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
-            if let Err(error) = self.0.remove_container(&id, Some(options)).await {
-                eprintln!("bench: container {id} was not removed: {error}");
+    fn is_at_rest(&self, containers: &[ContainerSummary]) -> bool {
+        let mut pools = self.pools.lock().unwrap();
+        let mut waiting: HashMap<u32, HashSet<String>> = HashMap::new();
+        for container in containers.iter().filter(|c| label(c, LABEL_BYSTANDER).is_none()) {
+            let Some(daemon) = owner(container).filter(|pid| pools.contains_key(pid)) else {
+                return false;
+            };
+            let runs = container.state == Some(ContainerSummaryStateEnum::RUNNING);
+            if !runs || label(container, LABEL_WARM).is_none() {
+                return false;
             }
+            waiting.entry(daemon).or_default().extend(container.id.clone());
         }
+        let is_full = |(pid, pool): (&u32, &Pool)| {
+            let Some(size) = pool.size else { return true };
+            let Some(waiting) = waiting.get(pid) else { return size == 0 };
+            let new = waiting.difference(&pool.waited).count();
+            waiting.len() == size && new >= pool.taken.min(size)
+        };
+        if !pools.iter().all(is_full) {
+            return false;
+        }
+        for (pid, pool) in pools.iter_mut() {
+            pool.waited = waiting.remove(pid).unwrap_or_default();
+            pool.taken = 0;
+        }
+        true
+    }
+
+    /// Removes every container of the benchmark's images, then the images, and the daemons' volume where that is theirs.
+    pub(crate) async fn sweep(&self) {
+        let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
+        for id in self.containers().await.unwrap_or_default().into_iter().filter_map(|c| c.id) {
+            report(
+                "container",
+                &id,
+                self.docker.remove_container(&id, Some(options.clone())).await,
+            );
+        }
+        let filters = HashMap::from([("reference", vec![format!("{IMAGES}*")])]);
+        let list = ListImagesOptionsBuilder::default().filters(&filters).build();
+        let images = self.docker.list_images(Some(list)).await.unwrap_or_default();
         let options = RemoveImageOptionsBuilder::default().force(true).build();
-        match self.0.remove_image(IMAGE, Some(options), None).await {
-            Ok(_)
-            | Err(bollard::errors::Error::DockerResponseServerError { status_code: 404, .. }) => {}
-            Err(error) => eprintln!("bench: image {IMAGE} was not removed: {error}"),
+        // The latest first: one that another was made from goes after it.
+        for tag in images.iter().flat_map(|image| &image.repo_tags) {
+            let removed = self.docker.remove_image(tag, Some(options.clone()), None).await;
+            report("image", tag, removed);
+        }
+        if !self.agent_was_there {
+            let volume = agent_volume();
+            // One that is in use by now is somebody else's as well, and stays.
+            let _ = self.docker.remove_volume(&volume, None::<RemoveVolumeOptions>).await;
         }
     }
+}
+
+fn report<T>(what: &str, name: &str, removed: Result<T, bollard::errors::Error>) {
+    match removed {
+        Ok(_) | Err(bollard::errors::Error::DockerResponseServerError { status_code: 404, .. }) => {
+        }
+        Err(error) => eprintln!("bench: {what} {name} was not removed: {error}"),
+    }
+}
+
+fn label<'a>(container: &'a ContainerSummary, name: &str) -> Option<&'a str> {
+    container.labels.as_ref()?.get(name).map(String::as_str)
+}
+
+/// The process of the daemon that made a container.
+pub(crate) fn owner(container: &ContainerSummary) -> Option<u32> {
+    label(container, LABEL_OWNER)?.split('/').nth(2)?.parse().ok()
+}
+
+/// Where the daemons under test keep their agent in the engine.
+fn agent_volume() -> String {
+    format!("worker-spawner-agent-{}", &worker_spawner::agent::digest()[..16])
 }
 
 /// The least a container without a network can be asked for. `NetworkDisabled` is what makes it the floor:
@@ -204,7 +312,7 @@ pub(crate) fn confined() -> ContainerCreateBody {
     }
 }
 
-fn pack(root: &Path) -> Result<Vec<u8>> {
+pub(crate) fn pack(root: &Path) -> Result<Vec<u8>> {
     let tar = Command::new("tar")
         .arg("-C")
         .arg(root)

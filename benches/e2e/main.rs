@@ -4,17 +4,24 @@
 //! drift and noise reach all of them alike; a warm-up round is thrown away. What counts is the ratio between two
 //! contenders within a round: the absolute times say more about the machine than about the program.
 //!
-//! After them, what durable delivery costs: two daemons that differ in it by turns.
+//! After them, what containers that wait are good for in other ways than that ([`warm`]), and what durable delivery costs:
+//! two daemons that differ in it by turns.
 //!
-//! `scripts/bench.sh [--long] [--rounds N] [--budget SECONDS] [--without-daemon | --durability]`; docs/BENCHMARKS.md has
-//! the method.
+//! `scripts/bench.sh [--long] [--rounds N] [--budget SECONDS] [--without-daemon | --warm | --durability | --breakdown]`;
+//! docs/BENCHMARKS.md has the method.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod breakdown;
 mod daemon;
 mod durability;
 mod engine;
+mod images;
+mod python;
 mod report;
 mod stats;
+mod waiting;
+mod warm;
+mod warm_report;
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
@@ -28,10 +35,11 @@ use futures::FutureExt;
 use futures::future::try_join_all;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::daemon::{Daemon, Delivery, Nats, Usage};
+use crate::daemon::{Batch, Daemon, Delivery, Nats, Setup, Usage};
 use crate::durability::Durability;
 use crate::engine::{COMMAND, Engine, IMAGE, PRINTED, Timing};
 use crate::stats::Samples;
+use crate::warm::Warm;
 
 /// How many jobs are under way at once.
 const PARALLEL: [usize; 2] = [1, 8];
@@ -53,27 +61,88 @@ pub(crate) enum Contender {
     Bare,
     /// The floor with the daemon's confinement.
     BareConfined,
+    /// The daemon with containers that wait: one job at a time, each when the pool is full and everything else gone;
+    /// or as many in parallel as there are slots, the next as soon as a result is in.
+    Warm,
+    /// The same, one at a time, with durable delivery.
+    WarmJetStream,
+    /// As many requests at once as containers wait.
+    WarmBurst,
+}
+
+/// The daemons that take part: each contender is served by one of them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Kind {
+    Cold,
+    Warm,
+    WarmJetStream,
+}
+
+impl Kind {
+    fn setup(self, parallel: usize) -> Setup {
+        match self {
+            Self::Cold => Setup::cold(slots(parallel), Delivery::Core),
+            Self::Warm => Setup::warm(slots(parallel), Delivery::Core, IMAGE),
+            Self::WarmJetStream => Setup::warm(slots(parallel), Delivery::JetStream, IMAGE),
+        }
+    }
 }
 
 impl Contender {
-    fn all() -> [Self; 6] {
+    pub(crate) fn all() -> [Self; 9] {
         [
             Self::Daemon,
             Self::Run,
+            Self::Warm,
             Self::RunNoNetwork,
+            Self::WarmJetStream,
             Self::Bare,
             Self::DaemonIdle,
+            Self::WarmBurst,
             Self::BareConfined,
         ]
     }
 
     fn takes_part(self, parallel: usize, options: &Options) -> bool {
+        let daemon = !options.without_daemon;
         match self {
-            Self::Daemon => !options.without_daemon,
-            Self::DaemonIdle => !options.without_daemon && parallel == 1,
-            _ => true,
+            Self::Daemon => daemon && (parallel > 1 || options.part != Part::Warm),
+            Self::Warm => daemon,
+            Self::DaemonIdle | Self::WarmJetStream | Self::WarmBurst => daemon && parallel == 1,
+            Self::Run => options.part != Part::Warm || parallel == 1,
+            Self::RunNoNetwork | Self::Bare | Self::BareConfined => options.part != Part::Warm,
         }
     }
+
+    /// Whether it waits between jobs, so that its rate says nothing.
+    pub(crate) fn pauses(self, parallel: usize) -> bool {
+        let alone = parallel == 1 && matches!(self, Self::Warm | Self::WarmJetStream);
+        alone || matches!(self, Self::DaemonIdle | Self::WarmBurst)
+    }
+
+    /// Whether its jobs may find a container waiting.
+    pub(crate) fn counts_hits(self) -> bool {
+        matches!(self, Self::Warm | Self::WarmJetStream | Self::WarmBurst)
+    }
+
+    /// The daemon it is, if it is one.
+    fn kind(self) -> Option<Kind> {
+        match self {
+            Self::Daemon | Self::DaemonIdle => Some(Kind::Cold),
+            Self::Warm | Self::WarmBurst => Some(Kind::Warm),
+            Self::WarmJetStream => Some(Kind::WarmJetStream),
+            Self::Run | Self::RunNoNetwork | Self::Bare | Self::BareConfined => None,
+        }
+    }
+}
+
+/// What is measured.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Part {
+    All,
+    Warm,
+    Durability,
+    Breakdown,
 }
 
 struct Options {
@@ -81,27 +150,29 @@ struct Options {
     rounds: usize,
     budget: Duration,
     without_daemon: bool,
-    durability_only: bool,
+    part: Part,
 }
 
 /// How long the rounds of [`durability`] may take.
-const DURABILITY_BUDGET: Duration = Duration::from_secs(150);
+const DURABILITY_BUDGET: Duration = Duration::from_secs(75);
 
 impl Options {
     fn parse() -> Result<Self> {
         let mut options = Self {
             long: false,
             rounds: 8,
-            budget: Duration::from_secs(190),
+            budget: Duration::from_secs(220),
             without_daemon: false,
-            durability_only: false,
+            part: Part::All,
         };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
             match arg.as_str() {
                 "--long" => options.long = true,
                 "--without-daemon" => options.without_daemon = true,
-                "--durability" => options.durability_only = true,
+                "--warm" => options.part = Part::Warm,
+                "--durability" => options.part = Part::Durability,
+                "--breakdown" => options.part = Part::Breakdown,
                 "--rounds" => options.rounds = args.next().context("--rounds N")?.parse()?,
                 "--budget" => {
                     options.budget =
@@ -112,6 +183,8 @@ impl Options {
             }
         }
         ensure!(options.rounds > 0, "--rounds must be at least 1");
+        let daemon = options.part == Part::All || !options.without_daemon;
+        ensure!(daemon, "--without-daemon leaves nothing of that part");
         Ok(options)
     }
 }
@@ -126,6 +199,8 @@ pub(crate) struct Block {
     pub(crate) wall: Duration,
     pub(crate) lost: usize,
     pub(crate) wrong: usize,
+    /// Jobs that began in a container that waited.
+    pub(crate) hits: usize,
 }
 
 pub(crate) struct Burst {
@@ -138,6 +213,7 @@ pub(crate) struct Burst {
 }
 
 pub(crate) struct DaemonFigures {
+    pub(crate) kind: Kind,
     pub(crate) slots: usize,
     pub(crate) cpu_jobs: usize,
     pub(crate) cpu_ms_per_job: f64,
@@ -155,6 +231,8 @@ pub(crate) struct Measured {
     pub(crate) daemons: Vec<DaemonFigures>,
     pub(crate) burst: Option<Burst>,
     pub(crate) durability: Option<Durability>,
+    pub(crate) warm: Option<Warm>,
+    pub(crate) breakdown: Vec<breakdown::Breakdown>,
     pub(crate) lost: usize,
     pub(crate) wrong: usize,
 }
@@ -218,10 +296,20 @@ async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
         ),
         ..Measured::default()
     };
-    if !options.durability_only {
+    if options.part == Part::Breakdown {
+        measured.breakdown = breakdown::measure(engine, &nats).await?;
+        return Ok(measured);
+    }
+    if options.part != Part::Durability {
         contend(options, engine, &nats, &mut measured).await?;
     }
-    if !options.without_daemon {
+    if !options.without_daemon && options.part != Part::Durability {
+        let warm = warm::measure(engine, &nats, options.long).await?;
+        measured.lost += warm.lost;
+        measured.wrong += warm.wrong;
+        measured.warm = Some(warm);
+    }
+    if !options.without_daemon && options.part != Part::Warm {
         let rounds = if options.long { 3 } else { 1 } * options.rounds * 3 / 2;
         let budget = if options.long { 3 } else { 1 } * DURABILITY_BUDGET;
         let durability = durability::measure(engine, rounds, budget).await?;
@@ -232,6 +320,8 @@ async fn measure(options: &Options, engine: &Engine) -> Result<Measured> {
     Ok(measured)
 }
 
+type Daemons = HashMap<(Kind, usize), Daemon>;
+
 /// The contenders by turns, then the daemons alone.
 async fn contend(
     options: &Options,
@@ -239,13 +329,20 @@ async fn contend(
     nats: &Nats,
     measured: &mut Measured,
 ) -> Result<()> {
-    let mut daemons = HashMap::new();
-    if !options.without_daemon {
-        for parallel in PARALLEL {
-            let daemon = Daemon::start(nats, slots(parallel), Delivery::Core).await?;
-            daemons.insert(parallel, daemon);
+    let mut daemons = Daemons::new();
+    for parallel in PARALLEL {
+        for contender in Contender::all().into_iter().filter(|c| c.takes_part(parallel, options)) {
+            let Some(kind) = contender.kind() else { continue };
+            if !daemons.contains_key(&(kind, parallel)) {
+                let daemon = Daemon::start(nats, kind.setup(parallel)).await?;
+                if kind != Kind::Cold {
+                    engine.expect_pool(daemon.pid, Some(daemon.setup.warm));
+                }
+                daemons.insert((kind, parallel), daemon);
+            }
         }
     }
+    engine.drained().await?;
     eprintln!("bench: warm-up");
     for parallel in PARALLEL {
         for contender in Contender::all().into_iter().filter(|c| c.takes_part(parallel, options)) {
@@ -253,12 +350,12 @@ async fn contend(
         }
     }
     let mut before = HashMap::new();
-    for (parallel, daemon) in &daemons {
-        before.insert(*parallel, daemon.usage()?.cpu_ms);
+    for (key, daemon) in &daemons {
+        before.insert(*key, daemon.usage()?.cpu_ms);
     }
 
     // Of each daemon in its own turns: jobs, CPU time, and how long they took.
-    let mut busy: HashMap<usize, (usize, f64, Duration)> = HashMap::new();
+    let mut busy: HashMap<(Kind, usize), (usize, f64, Duration)> = HashMap::new();
     let began = Instant::now();
     for round in 0..options.rounds {
         if round >= 3 && began.elapsed() + began.elapsed() / u32::try_from(round)? > options.budget
@@ -273,12 +370,16 @@ async fn contend(
             order.rotate_left(by);
             for contender in order.into_iter().filter(|c| c.takes_part(parallel, options)) {
                 let turn = Instant::now();
-                let cpu = daemons.get(&parallel).map(Daemon::cpu_now).transpose()?;
+                let key = contender.kind().map(|kind| (kind, parallel));
+                let cpu_now = |daemons: &Daemons| {
+                    key.and_then(|key| daemons.get(&key)).map(Daemon::cpu_now).transpose()
+                };
+                let cpu = cpu_now(&daemons)?;
                 let block = block(engine, &mut daemons, contender, parallel, jobs).await?;
-                if let (Contender::Daemon | Contender::DaemonIdle, Some(cpu)) = (contender, cpu) {
-                    let total = busy.entry(parallel).or_default();
-                    total.0 += jobs;
-                    total.1 += daemons[&parallel].cpu_now()? - cpu;
+                if let (Some(key), Some(before), Some(now)) = (key, cpu, cpu_now(&daemons)?) {
+                    let total = busy.entry(key).or_default();
+                    total.0 += block.latency.len();
+                    total.1 += now - before;
                     total.2 += turn.elapsed();
                 }
                 measured.lost += block.lost;
@@ -291,20 +392,28 @@ async fn contend(
 
     let took = began.elapsed();
 
-    for parallel in PARALLEL {
-        let Some(daemon) = daemons.get_mut(&parallel) else {
+    for (kind, parallel) in [
+        (Kind::Cold, 1),
+        (Kind::Cold, 8),
+        (Kind::Warm, 1),
+        (Kind::Warm, 8),
+        (Kind::WarmJetStream, 1),
+    ] {
+        let key = (kind, parallel);
+        let (Some(daemon), Some(&(jobs, cpu_ms, turns))) = (daemons.get_mut(&key), busy.get(&key))
+        else {
             continue;
         };
-        let cpu_in_all = daemon.usage()?.cpu_ms - before[&parallel];
-        let (jobs, cpu_ms, turns) = busy[&parallel];
+        let cpu_in_all = daemon.usage()?.cpu_ms - before[&key];
         let mut figures = DaemonFigures {
+            kind,
             slots: slots(parallel),
             cpu_jobs: jobs,
             cpu_ms_per_job: cpu_ms / jobs as f64,
             idle_cpu_ms: (cpu_in_all - cpu_ms).max(0.0) / (took - turns).as_secs_f64(),
             memory: Vec::new(),
         };
-        if parallel > 1 {
+        if kind == Kind::Cold && parallel > 1 && options.part == Part::All {
             // The same daemon goes on, so that the figures are points on one line.
             for mark in if options.long { &[200, 1000, 2000][..] } else { &[200][..] } {
                 let missing = mark.max(&daemon.jobs_done) - daemon.jobs_done;
@@ -319,11 +428,13 @@ async fn contend(
         measured.daemons.push(figures);
     }
     for (_, daemon) in daemons {
+        engine.expect_no_pool(daemon.pid);
         daemon.stop().await;
     }
-    if options.long && !options.without_daemon {
+    engine.drained().await?;
+    if options.long && !options.without_daemon && options.part == Part::All {
         let (jobs, slots) = (10_000, 5);
-        let mut daemon = Daemon::start(nats, slots, Delivery::Core).await?;
+        let mut daemon = Daemon::start(nats, Setup::cold(slots, Delivery::Core)).await?;
         eprintln!("bench: burst of {jobs}");
         let (batch, took) = daemon.burst(jobs).await?;
         measured.lost += batch.lost;
@@ -346,35 +457,44 @@ async fn contend(
 /// first and cleans up later does not get the cleaning for nothing.
 async fn block(
     engine: &Engine,
-    daemons: &mut HashMap<usize, Daemon>,
+    daemons: &mut Daemons,
     contender: Contender,
     parallel: usize,
     jobs: usize,
 ) -> Result<Block> {
     let started = Instant::now();
     let mut block = Block::default();
-    match contender {
-        Contender::Daemon => {
-            let batch =
-                daemons.get_mut(&parallel).context("no daemon")?.run(jobs, parallel).await?;
-            block.latency = Samples::of(&batch.latencies);
-            (block.lost, block.wrong) = (batch.lost, batch.wrong);
-        }
-        Contender::DaemonIdle => {
-            let daemon = daemons.get_mut(&parallel).context("no daemon")?;
-            let mut latencies = Vec::new();
-            for _ in 0..jobs {
-                let batch = daemon.run(1, 1).await?;
-                engine.drained().await?;
-                // The slot comes back just after the container is gone.
-                tokio::time::sleep(Duration::from_millis(5)).await;
-                latencies.extend(batch.latencies);
-                block.lost += batch.lost;
-                block.wrong += batch.wrong;
+    if let Some(kind) = contender.kind() {
+        let daemon = daemons.get_mut(&(kind, parallel)).context("no daemon")?;
+        let mut batch = Batch::default();
+        match contender {
+            Contender::WarmBurst => {
+                let at_once = daemon.setup.warm;
+                for _ in 0..jobs.div_ceil(at_once) {
+                    batch.absorb(daemon.burst(at_once).await?.0);
+                    block.hits += warm::rest(engine, daemon).await?;
+                }
             }
-            block.latency = Samples::of(&latencies);
+            Contender::DaemonIdle | Contender::Warm | Contender::WarmJetStream if parallel == 1 => {
+                for _ in 0..jobs {
+                    batch.absorb(daemon.run(1, 1).await?);
+                    block.hits += warm::rest(engine, daemon).await?;
+                    // The slot comes back just after the container is gone.
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            }
+            _ => {
+                batch = daemon.run(jobs, parallel).await?;
+                block.hits += warm::rest(engine, daemon).await?;
+            }
+        }
+        block.latency = Samples::of(&batch.latencies);
+        (block.lost, block.wrong) = (batch.lost, batch.wrong);
+        if contender == Contender::DaemonIdle {
             block.to_result = block.latency.clone();
         }
+    }
+    match contender {
         Contender::Run => {
             block.latency = removed(&each(jobs, parallel, || command_line(&[])).await?)
         }
@@ -389,6 +509,7 @@ async fn block(
             block.latency = removed(&timings);
             block.to_result = Samples::of(&timings.iter().map(|t| t.to_result).collect::<Vec<_>>());
         }
+        _ => {}
     }
     engine.drained().await?;
     block.wall = started.elapsed();

@@ -4,15 +4,22 @@ use std::fmt::Write;
 
 use crate::durability::{self, Durability, Figures, Round};
 use crate::stats::Samples;
-use crate::{Block, Contender, Measured};
+use crate::{Block, Contender, DaemonFigures, Kind, Measured, warm_report};
 
 /// What page-sized noise may add to the resident memory between two readings.
 const MEMORY_NOISE_KIB: u64 = 512;
 
-struct Ratio {
-    median: f64,
-    low: f64,
-    high: f64,
+pub(crate) struct Ratio {
+    pub(crate) median: f64,
+    pub(crate) low: f64,
+    pub(crate) high: f64,
+}
+
+impl Ratio {
+    pub(crate) fn over(rounds: impl Iterator<Item = f64>) -> Self {
+        let all = Samples::from_values(rounds.collect());
+        Self { median: all.median(), low: all.min(), high: all.max() }
+    }
 }
 
 pub(crate) fn markdown(measured: &Measured) -> String {
@@ -22,11 +29,19 @@ pub(crate) fn markdown(measured: &Measured) -> String {
         let _ = write!(out, " {} rounds.", measured.rounds);
     }
     let _ = writeln!(out, "\n");
-    goals(&mut out, measured);
+    for breakdown in &measured.breakdown {
+        warm_report::breakdown(&mut out, breakdown);
+    }
+    if measured.breakdown.is_empty() {
+        goals(&mut out, measured);
+    }
     if !measured.blocks.is_empty() {
         table(&mut out, measured);
         ratios(&mut out, measured);
         daemon(&mut out, measured);
+    }
+    if let Some(warm) = &measured.warm {
+        warm_report::tables(&mut out, warm);
     }
     if let Some(durability) = &measured.durability {
         deliveries(&mut out, durability);
@@ -52,6 +67,9 @@ fn goals(out: &mut String, m: &Measured) {
     };
     if !m.blocks.is_empty() {
         contenders(m, &mut row);
+        if m.warm.is_some() {
+            warm_report::goals(m, &mut row);
+        }
     }
     if let Some(d) = &m.durability {
         durable(d, &mut row);
@@ -64,7 +82,7 @@ fn goals(out: &mut String, m: &Measured) {
 }
 
 /// What takes a row of the goals: the goal, its limit, what was measured, and whether that is met.
-type Row<'a> = &'a mut dyn FnMut(&str, String, String, Option<bool>);
+pub(crate) type Row<'a> = &'a mut dyn FnMut(&str, String, String, Option<bool>);
 
 fn contenders(m: &Measured, row: Row<'_>) {
     // Whole cycle against whole cycle: what a caller waits for, whichever way.
@@ -78,6 +96,9 @@ fn contenders(m: &Measured, row: Row<'_>) {
             ("worker idle before each job", Contender::DaemonIdle),
             ("back to back", Contender::Daemon),
         ] {
+            if !m.blocks.contains_key(&(contender, 1)) || !m.blocks.contains_key(&(daemon, 1)) {
+                continue;
+            }
             let ratio = latency_ratio(m, daemon, contender, 1);
             row(
                 &format!("p50 against {other}, 1 in parallel, {how}"),
@@ -87,22 +108,25 @@ fn contenders(m: &Measured, row: Row<'_>) {
             );
         }
     }
-    let ratio = throughput_ratio(m, Contender::Daemon, Contender::RunNoNetwork, 8);
-    row(
-        "jobs/s against `docker run --rm --network none`, 8 in parallel",
-        "≥ 1.45".to_owned(),
-        show(ratio.as_ref()),
-        ratio.map(|r| r.median >= 1.45),
-    );
-    for d in &m.daemons {
+    if m.blocks.contains_key(&(Contender::RunNoNetwork, 8)) {
+        let ratio = throughput_ratio(m, Contender::Daemon, Contender::RunNoNetwork, 8);
         row(
-            &format!("the daemon's own CPU per job, MAX_CONTAINERS={}", d.slots),
-            "< 2 ms".to_owned(),
+            "jobs/s against `docker run --rm --network none`, 8 in parallel",
+            "≥ 1.45".to_owned(),
+            show(ratio.as_ref()),
+            ratio.map(|r| r.median >= 1.45),
+        );
+    }
+    for d in &m.daemons {
+        let is_cold = d.kind == Kind::Cold;
+        row(
+            &format!("the daemon's own CPU per job, {}", which(d)),
+            if is_cold { "< 2 ms" } else { "reported" }.to_owned(),
             format!(
                 "{:.2} ms over {} jobs; {:.1} ms a second when idle",
                 d.cpu_ms_per_job, d.cpu_jobs, d.idle_cpu_ms
             ),
-            Some(d.cpu_ms_per_job < 2.0),
+            is_cold.then_some(d.cpu_ms_per_job < 2.0),
         );
     }
     let memory: Vec<_> = m.daemons.iter().flat_map(|d| &d.memory).collect();
@@ -190,8 +214,7 @@ fn durable(d: &Durability, row: Row<'_>) {
 
 fn over_rounds(d: &Durability, of: impl Fn(&Round, &Round) -> f64) -> Ratio {
     let rounds = d.core.rounds.iter().zip(&d.jetstream.rounds);
-    let all = Samples::from_values(rounds.map(|(core, jetstream)| of(core, jetstream)).collect());
-    Ratio { median: all.median(), low: all.min(), high: all.max() }
+    Ratio::over(rounds.map(|(core, jetstream)| of(core, jetstream)))
 }
 
 fn deliveries(out: &mut String, d: &Durability) {
@@ -242,7 +265,8 @@ fn deliveries(out: &mut String, d: &Durability) {
 fn table(out: &mut String, m: &Measured) {
     let _ = writeln!(
         out,
-        "| contender | in parallel | jobs | p50 ms | p90 ms | p99 ms | jobs/s |\n|---|---:|---:|---:|---:|---:|---:|"
+        "| contender | in parallel | jobs | warm | p50 ms | p90 ms | p99 ms | jobs/s |\n\
+         |---|---:|---:|---:|---:|---:|---:|---:|"
     );
     for parallel in crate::PARALLEL {
         for contender in Contender::all() {
@@ -250,21 +274,23 @@ fn table(out: &mut String, m: &Measured) {
                 continue;
             };
             let latency = pooled(blocks, |b| &b.latency);
+            let hits = contender.counts_hits().then(|| blocks.iter().map(|b| b.hits).sum());
             // Pausing between jobs is what the idle daemon is about: its rate says nothing.
-            let rate = if contender == Contender::DaemonIdle {
+            let rate = if contender.pauses(parallel) {
                 "–".to_owned()
             } else {
                 let rates = blocks.iter().map(rate).collect();
                 format!("{:.1}", Samples::from_values(rates).median())
             };
-            line(out, name(contender), parallel, &latency, &rate);
+            line(out, name(contender, parallel), parallel, &latency, hits, &rate);
             let to_result = pooled(blocks, |b| &b.to_result);
             if to_result.len() > 0 && contender != Contender::DaemonIdle {
                 line(
                     out,
-                    &format!("{}, to the result", name(contender)),
+                    &format!("{}, to the result", name(contender, parallel)),
                     parallel,
                     &to_result,
+                    None,
                     "–",
                 );
             }
@@ -273,10 +299,18 @@ fn table(out: &mut String, m: &Measured) {
     let _ = writeln!(out);
 }
 
-fn line(out: &mut String, name: &str, parallel: usize, latency: &Samples, rate: &str) {
+fn line(
+    out: &mut String,
+    name: &str,
+    parallel: usize,
+    latency: &Samples,
+    hits: Option<usize>,
+    rate: &str,
+) {
+    let hits = hits.map_or_else(|| "–".to_owned(), |hits| hits.to_string());
     let _ = writeln!(
         out,
-        "| {name} | {parallel} | {} | {:.1} | {:.1} | {:.1} | {rate} |",
+        "| {name} | {parallel} | {} | {hits} | {:.1} | {:.1} | {:.1} | {rate} |",
         latency.len(),
         latency.percentile(50.0),
         latency.percentile(90.0),
@@ -300,7 +334,7 @@ fn ratios(out: &mut String, m: &Measured) {
             let _ = writeln!(
                 out,
                 "| {} | {parallel} | {} | {} |",
-                name(other),
+                name(other, parallel),
                 show(Some(&latency)),
                 show(Some(&rate))
             );
@@ -313,17 +347,20 @@ fn ratios(out: &mut String, m: &Measured) {
             let _ = writeln!(
                 out,
                 "| {}, to the result (worker idle) | 1 | {} | – |",
-                name(floor),
+                name(floor, 1),
                 show(added.as_ref())
             );
         }
     }
+    let _ = writeln!(out);
     let confinement = ratio(m, Contender::BareConfined, Contender::Bare, 1, |b| b.latency.median());
-    let _ = writeln!(
-        out,
-        "\nWhat confinement costs the bare sequence, p50: {}.\n",
-        show(confinement.as_ref())
-    );
+    if confinement.is_some() {
+        let _ = writeln!(
+            out,
+            "What confinement costs the bare sequence, p50: {}.\n",
+            show(confinement.as_ref())
+        );
+    }
 }
 
 fn daemon(out: &mut String, m: &Measured) {
@@ -331,8 +368,8 @@ fn daemon(out: &mut String, m: &Measured) {
         for (jobs, usage) in &d.memory {
             let _ = writeln!(
                 out,
-                "Daemon with MAX_CONTAINERS={} after {jobs} jobs: resident {}, peak {}, {} threads.",
-                d.slots,
+                "Daemon with {} after {jobs} jobs: resident {}, peak {}, {} threads.",
+                which(d),
                 mib(usage.resident_kib),
                 mib(usage.peak_kib),
                 usage.threads
@@ -341,8 +378,25 @@ fn daemon(out: &mut String, m: &Measured) {
     }
 }
 
-fn name(contender: Contender) -> &'static str {
+fn which(d: &DaemonFigures) -> String {
+    let slots = d.slots;
+    match d.kind {
+        Kind::Cold => format!("MAX_CONTAINERS={slots}"),
+        Kind::Warm => format!("MAX_CONTAINERS={slots}, as many wait"),
+        Kind::WarmJetStream => {
+            format!("MAX_CONTAINERS={slots}, as many wait, `DELIVERY=jetstream`")
+        }
+    }
+}
+
+fn name(contender: Contender, parallel: usize) -> &'static str {
     match contender {
+        Contender::Warm if parallel == 1 => "worker-spawner, warm, the pool full before each job",
+        Contender::Warm => "worker-spawner, warm, publish to result",
+        Contender::WarmJetStream => {
+            "worker-spawner, warm, `DELIVERY=jetstream`, the pool full before each job"
+        }
+        Contender::WarmBurst => "worker-spawner, warm, 5 requests at once on a full pool",
         Contender::Daemon => "worker-spawner, publish to result",
         Contender::DaemonIdle => "worker-spawner, idle before each job",
         Contender::Run => "`docker run --rm`",
@@ -364,11 +418,21 @@ fn rate(block: &Block) -> f64 {
     block.latency.len() as f64 / block.wall.as_secs_f64()
 }
 
-fn latency_ratio(m: &Measured, a: Contender, b: Contender, parallel: usize) -> Option<Ratio> {
+pub(crate) fn latency_ratio(
+    m: &Measured,
+    a: Contender,
+    b: Contender,
+    parallel: usize,
+) -> Option<Ratio> {
     ratio(m, a, b, parallel, |block| block.latency.median())
 }
 
-fn throughput_ratio(m: &Measured, a: Contender, b: Contender, parallel: usize) -> Option<Ratio> {
+pub(crate) fn throughput_ratio(
+    m: &Measured,
+    a: Contender,
+    b: Contender,
+    parallel: usize,
+) -> Option<Ratio> {
     ratio(m, a, b, parallel, rate)
 }
 
@@ -380,11 +444,10 @@ fn ratio(
     of: impl Fn(&Block) -> f64,
 ) -> Option<Ratio> {
     let (a, b) = (m.blocks.get(&(a, parallel))?, m.blocks.get(&(b, parallel))?);
-    let all = Samples::from_values(a.iter().zip(b).map(|(a, b)| of(a) / of(b)).collect());
-    Some(Ratio { median: all.median(), low: all.min(), high: all.max() })
+    Some(Ratio::over(a.iter().zip(b).map(|(a, b)| of(a) / of(b))))
 }
 
-fn show(ratio: Option<&Ratio>) -> String {
+pub(crate) fn show(ratio: Option<&Ratio>) -> String {
     ratio
         .map_or_else(|| "–".to_owned(), |r| format!("{:.2} ({:.2}–{:.2})", r.median, r.low, r.high))
 }
