@@ -253,9 +253,10 @@ async fn an_agent_that_vanishes_is_delivered_again() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn an_engine_that_does_not_take_the_agent_is_told_of_once() {
     // Between the daemon and the engine, somebody answers one kind of call himself.
-    let port = refuse("/volumes/create").await;
+    let private = PrivateEngine::start().await;
+    let port = refuse(private.host(), "/volumes/worker-spawner-agent-").await;
     let host = format!("tcp://127.0.0.1:{port}");
-    let world = warm_world(2, &[("DOCKER_HOST", &host)]).await;
+    let world = warm_world_on(private.engine().await, 2, &[("DOCKER_HOST", &host)]).await;
     let is_complaint = |event: &serde_json::Value| message_of(event).contains("jobs start cold");
     world.daemon.log().wait_for("it says why", is_complaint).await;
     for _ in 0..5 {
@@ -269,16 +270,16 @@ async fn an_engine_that_does_not_take_the_agent_is_told_of_once() {
     world.clean().await;
 }
 
-/// A way to the shared engine on which calls of `path` are answered with an error. Open as long as
-/// the test's runtime is.
-async fn refuse(path: &'static str) -> u16 {
+/// A way to the engine at `socket` on which calls of `path` are answered with an error. Open as long
+/// as the test's runtime is.
+async fn refuse(socket: String, path: &'static str) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
         while let Ok((mut client, _)) = listener.accept().await {
+            let socket = socket.clone();
             tokio::spawn(async move {
-                let host = std::env::var("DOCKER_HOST").unwrap_or_default();
-                let socket = host.strip_prefix("unix://").unwrap_or("/var/run/docker.sock");
+                let socket = socket.strip_prefix("unix://").unwrap();
                 let mut engine = UnixStream::connect(socket).await.unwrap();
                 let (mut there, mut back) = (vec![0; 16 << 10], vec![0; 16 << 10]);
                 loop {
