@@ -145,7 +145,10 @@ impl Engine {
         let all = self.docker.list_containers(Some(options)).await?;
         let is_ours = |c: &ContainerSummary| {
             let named = [c.image.as_deref(), label(c, LABEL_IMAGE)];
-            named.into_iter().flatten().any(|name| name.starts_with(IMAGES))
+            // An engine of version 20.10 that is told to remove a container in the moment of its end may list it for ever
+            // after, without a name: there is nothing behind that.
+            let is_there = c.names.as_ref().is_some_and(|names| !names.is_empty());
+            is_there && named.into_iter().flatten().any(|name| name.starts_with(IMAGES))
         };
         Ok(all.into_iter().filter(is_ours).collect())
     }
@@ -178,7 +181,12 @@ impl Engine {
                 break;
             }
             if Instant::now() > deadline {
-                bail!("there were {} containers 60 s after the last result", left.len());
+                let describe = |c: &ContainerSummary| {
+                    let waits = if label(c, LABEL_WARM).is_some() { "warm" } else { "" };
+                    format!("{:?} {waits} {:?}", c.names, c.status.as_deref().unwrap_or_default())
+                };
+                let left: Vec<String> = left.iter().map(describe).collect();
+                bail!("not at rest 60 s after the last result:\n{}", left.join("\n"));
             }
             tokio::time::sleep(Duration::from_millis(3)).await;
         }
