@@ -58,6 +58,10 @@ async fn dead(
     heartbeats: &Heartbeats,
 ) -> Option<&'static str> {
     let labels = container.labels.as_ref()?;
+    // An engine may go on listing what it has removed, but not by name: there is nothing to remove.
+    if container.names.as_ref().is_some_and(Vec::is_empty) {
+        return None;
+    }
     if labels.get(LABEL_INSTANCE) == Some(&shared.options.instance) {
         let names = container.names.as_deref().unwrap_or_default();
         let live = shared.live();
