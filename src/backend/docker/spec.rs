@@ -71,14 +71,15 @@ pub(super) fn create_body(
         stdin_once: Some(has_stdin),
         tty: Some(false),
         // A namespace of its own with nothing but a loopback interface, and a third faster than
-        // the network mode `none`, for which the engine sets up a sandbox all the same.
+        // the network mode `none` alone, for which the engine sets up a sandbox all the same.
         network_disabled: (!has_network).then_some(true),
         healthcheck: Some(HealthConfig {
             test: Some(vec!["NONE".to_owned()]),
             ..HealthConfig::default()
         }),
         host_config: Some(HostConfig {
-            network_mode: has_network.then(|| job.network.clone()),
+            // Also where it is `none`: Podman heeds this alone, and would give it its default one.
+            network_mode: Some(job.network.clone()),
             memory: Some(memory),
             // Equal to the memory: no swap.
             memory_swap: Some(memory),
@@ -237,7 +238,7 @@ mod tests {
         let body = body(&job(), &Image::default(), &confinement());
         let host = body.host_config.unwrap();
         assert_eq!(body.network_disabled, Some(true));
-        assert_eq!(host.network_mode, None);
+        assert_eq!(host.network_mode.as_deref(), Some("none"));
         assert_eq!(host.cap_drop, Some(vec!["ALL".to_owned()]));
         assert_eq!(host.security_opt, Some(vec!["no-new-privileges:true".to_owned()]));
         assert_eq!(host.readonly_rootfs, Some(true));
