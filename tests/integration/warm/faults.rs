@@ -270,6 +270,10 @@ async fn an_engine_that_does_not_take_the_agent_is_told_of_once() {
     world.clean().await;
 }
 
+/// What an engine answers that will not.
+const REFUSAL: &[u8] = b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\n\
+    Content-Length: 23\r\nConnection: close\r\n\r\n{\"message\":\"not today\"}";
+
 /// A way to the engine at `socket` on which calls of `path` are answered with an error. Open as long
 /// as the test's runtime is.
 async fn refuse(socket: String, path: &'static str) -> u16 {
@@ -282,27 +286,30 @@ async fn refuse(socket: String, path: &'static str) -> u16 {
                 let socket = socket.strip_prefix("unix://").unwrap();
                 let mut engine = UnixStream::connect(socket).await.unwrap();
                 let (mut there, mut back) = (vec![0; 16 << 10], vec![0; 16 << 10]);
+                let mut is_open = true;
                 loop {
                     tokio::select! {
-                        Ok(read @ 1..) = client.read(&mut there) => {
-                            let call = &there[..read];
+                        read = client.read(&mut there), if is_open => {
+                            let call = &there[..read.unwrap_or(0)];
                             // A call's first line comes in one piece: it begins a message.
                             if call.windows(path.len()).any(|window| window == path.as_bytes()) {
-                                let body = r#"{"message":"not today"}"#;
-                                let answer = format!(
-                                    "HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\n\
-                                     Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
-                                    body.len()
-                                );
-                                let _ = client.write_all(answer.as_bytes()).await;
+                                // Who does not wait for the answer has gone.
+                                let _ = client.write_all(REFUSAL).await;
                                 return;
                             }
-                            if engine.write_all(call).await.is_err() { return }
+                            is_open = !call.is_empty();
+                            let passed = match is_open {
+                                true => engine.write_all(call).await,
+                                false => engine.shutdown().await,
+                            };
+                            if passed.is_err() { return }
                         }
-                        Ok(read @ 1..) = engine.read(&mut back) => {
-                            if client.write_all(&back[..read]).await.is_err() { return }
+                        read = engine.read(&mut back) => {
+                            let answer = &back[..read.unwrap_or(0)];
+                            if answer.is_empty() || client.write_all(answer).await.is_err() {
+                                return;
+                            }
                         }
-                        else => return,
                     }
                 }
             });

@@ -213,7 +213,7 @@ const QUESTIONS: [(&str, &[&str]); 9] = [
         &[
             "sh",
             "-c",
-            "pwd; readlink /proc/self/cwd /proc/self/root; id; umask; tty; hostname | wc -c; cat /etc/hosts | grep -v '[0-9a-f]\\{12\\}$'; ls -la /tmp /dev /dev/shm /data",
+            "pwd; readlink /proc/self/cwd /proc/self/root; id; umask; tty; hostname | wc -c; cat /etc/hosts | grep -v '[0-9a-f]\\{12\\}$'; stat -c '%A %u %g %t %T %n' /tmp /dev /dev/* /dev/shm /data /root /etc/hosts /etc/resolv.conf",
         ],
     ),
     ("mounts", &["cat", "/proc/self/mountinfo"]),

@@ -50,7 +50,8 @@ async fn an_image_that_is_used_becomes_warm_and_another_one_makes_room() {
         waiting(&world, &images[0]).await.is_empty()
     })
     .await;
-    assert!(!waiting(&world, &images[2]).await.is_empty());
+    eventually("the last one waits", || async { !waiting(&world, &images[2]).await.is_empty() })
+        .await;
     run_warm(&world, &json!({"image_reference": images[0], "parameter": "echo back"})).await;
 }
 

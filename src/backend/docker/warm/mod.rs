@@ -150,6 +150,9 @@ impl Kind {
     }
 }
 
+/// What came of the making of a container, and when that began.
+type Creation = (Key, Instant, Result<Idle, CreateError>);
+
 /// The pool of one backend.
 pub(super) struct Pool {
     options: config::Warm,
@@ -222,7 +225,7 @@ impl Pool {
             () = enough.cancelled() => {}
         }
         while let Some(created) = creations.join_next().await {
-            self.finish(created);
+            self.finish(created, false);
         }
     }
 
@@ -257,11 +260,7 @@ impl Pool {
         }
     }
 
-    async fn keep(
-        &self,
-        shared: &Arc<Shared>,
-        creations: &mut JoinSet<(Key, Result<Idle, CreateError>)>,
-    ) -> Infallible {
+    async fn keep(&self, shared: &Arc<Shared>, creations: &mut JoinSet<Creation>) -> Infallible {
         self.deliver(shared, false).await;
         let mut delivered_again: Option<Instant> = None;
         loop {
@@ -272,21 +271,24 @@ impl Pool {
                 let shared = shared.clone();
                 creations.spawn(async move {
                     shared.turns.spare_moment().await;
-                    (key, creation::create(&shared, &pattern, &image).await)
+                    let begun = Instant::now();
+                    (key, begun, creation::create(&shared, &pattern, &image).await)
                 });
             }
             tokio::select! {
                 Some(created) = creations.join_next() => {
-                    let missing = match &created {
-                        Ok((key, Err(CreateError::NoAgent))) => Some(key.clone()),
+                    let missed_at = match &created {
+                        Ok((_, begun, Err(CreateError::NoAgent))) => Some(*begun),
                         _ => None,
                     };
-                    self.finish(created);
-                    let lately = delivered_again.is_some_and(|at| at.elapsed() < DELIVERY_INTERVAL);
-                    if let Some(key) = missing.filter(|_| !lately) {
+                    // It was delivered since, or is to be delivered again.
+                    let is_cured = missed_at.is_some_and(|begun| delivered_again >= Some(begun));
+                    let is_early = delivered_again.is_some_and(|at| at.elapsed() < DELIVERY_INTERVAL);
+                    let is_due = missed_at.is_some() && !is_cured && !is_early;
+                    self.finish(created, is_cured || is_due);
+                    if is_due {
                         self.deliver(shared, true).await;
                         delivered_again = Some(Instant::now());
-                        self.retry(&key);
                     }
                 }
                 () = self.wake.notified() => tokio::time::sleep(LINGER).await,
@@ -362,10 +364,10 @@ impl Pool {
         }
     }
 
-    /// Takes in what came of a creation.
-    fn finish(&self, created: Result<(Key, Result<Idle, CreateError>), JoinError>) {
+    /// Takes in what came of a creation. A failure that is `excused` is none of its kind's.
+    fn finish(&self, created: Result<Creation, JoinError>, excused: bool) {
         let (key, created) = match created {
-            Ok(created) => created,
+            Ok((key, _, created)) => (key, created),
             Err(error) => {
                 // A place less in the pool is better than a pool that ends.
                 tracing::error!(%error, "the making of a warm container broke down");
@@ -381,10 +383,9 @@ impl Pool {
                 kind.waiting.push_back(Waiting { idle, since: Instant::now() });
                 self.counters.created();
             }
+            Err(_) if excused => self.counters.failed(),
             Err(error) => {
                 self.counters.failed();
-                // That the agent is missing is worth a word when delivering it has not helped.
-                let tolerated = u32::from(matches!(error, CreateError::NoAgent));
                 let is_refusal = error.is_refusal();
                 let delay = if is_refusal {
                     kind.failures += 1;
@@ -393,7 +394,7 @@ impl Pool {
                     ABSENCE.most
                 };
                 kind.not_before = Some(Instant::now() + delay);
-                if is_refusal && kind.failures == 1 + tolerated && self.is_news() {
+                if is_refusal && kind.failures == 1 && self.is_news() {
                     let image = kind.pattern.image.as_str();
                     tracing::warn!(image, %error, "no warm container could be made of this image; its jobs start cold");
                 }
@@ -404,13 +405,6 @@ impl Pool {
     /// Whether a failure is worth a word. Where none can be made at all, one image speaks for all.
     fn is_news(&self) -> bool {
         self.counters.has_created() || !self.failure_said.swap(true, Ordering::Relaxed)
-    }
-
-    /// Lets the next container of a kind be made now: what was missing is there.
-    fn retry(&self, key: &Key) {
-        if let Some(kind) = self.kinds().get_mut(key) {
-            kind.not_before = None;
-        }
     }
 
     /// Removes everything from the engine, at the end.
