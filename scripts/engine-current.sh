@@ -2,12 +2,12 @@
 # The tests of what an engine does, against a current Docker engine instead of this release of Debian's:
 #
 #   scripts/engine-current.sh [FILTER…]     those tests, or the ones that cargo test picks by these words
-#   scripts/engine-current.sh -- COMMAND…   a command in their place, with DOCKER_HOST and the engine's network
+#   scripts/engine-current.sh -- COMMAND…   a command in their place, with DOCKER_HOST set
 #
 # Engine, containerd, runc and init process come out of the packages of a later release of Debian, see `private_apt`, and
 # are kept unpacked in .tools/. The engine runs in process, mount and network namespaces of its own, where two engines
-# do not fight over the bridge; the tests run in its network, so that it gets to their registries on loopback. Killing
-# the namespaces' first process ends the engine, its containers and its mounts. Needs root.
+# do not fight over the bridge. The tests run among its processes, which they look for by number, and in its network,
+# so that it gets to their registries on loopback. Killing the namespaces' first process ends all of it. Needs root.
 #
 #   ENGINE_CURRENT_RELEASE   the release of Debian: trixie has Docker 26, forky 28. The newest that can be had, if unset
 #   ENGINE_CURRENT_IMAGES    containerd: the engine keeps images in containerd's store, as Docker 29 does by default
@@ -155,11 +155,12 @@ cgroups_removed() {
 
 # --- The run -----------------------------------------------------------------------------------------------------
 
-# in_network COMMAND…: in the engine's network, where there is nothing but loopback. What it starts ends with it, by the
-# process group that `timeout` makes, and all of it with this script.
-in_network() {
+# beside_engine COMMAND…: among the engine's processes, and in its network, where there is nothing but loopback. What it
+# starts ends with it, by the process group that `timeout` makes, and all of it with this script.
+beside_engine() {
     local status=0
-    setpriv --pdeathsig TERM timeout --kill-after=30 "$LIMIT" nsenter --net="/proc/$INIT/ns/net" "$@" </dev/null &
+    setpriv --pdeathsig TERM timeout --kill-after=30 "$LIMIT" \
+        nsenter --target "$INIT" --net --pid unshare --mount-proc "$@" </dev/null &
     RUNNING=$!
     wait "$RUNNING" || status=$?
     RUNNING=
@@ -185,7 +186,7 @@ export TMPDIR="$STATE/tmp"
 
 if [[ ${1-} == -- ]]; then
     shift
-    in_network "$@"
+    beside_engine "$@"
     exit
 fi
 need_cargo
@@ -194,6 +195,6 @@ need nats-server docker-registry htpasswd
 cargo test --all-features --locked --test integration --no-run
 (($#)) || set -- "${FILTERS[@]}"
 say "tests"
-in_network cargo test --all-features --locked --offline --test integration -- "$@"
+beside_engine cargo test --all-features --locked --offline --test integration -- "$@"
 wait_until 20 nothing_left || die "the tests left behind:"$'\n'"$LEFT"
 say "all tests passed, nothing left behind"
