@@ -11,6 +11,7 @@ use crate::support::images::Image;
 use crate::support::nats::round_trip;
 use crate::support::results::Results;
 use crate::support::wait::{PATIENCE, within};
+use crate::support::warmth;
 use crate::support::world::{World, held};
 
 /// What a bad request must be answered with: the code, and a word its message must hold.
@@ -311,7 +312,7 @@ async fn the_outcome_tells_everything_about_the_job() {
     assert_eq!(outcome["stdout"], "out\n");
     assert_eq!(outcome["stderr"], "err\n");
     assert_eq!(outcome["attempt"], 1);
-    assert_eq!(outcome["start"], "cold");
+    assert_eq!(outcome["start"], if warmth::is_default() { "warm" } else { "cold" });
     assert!(outcome.get("signal").is_none(), "it was not killed: {outcome}");
     assert!(outcome.get("error").is_none(), "the function failed, not the daemon: {outcome}");
     assert!(!outcome["worker"].as_str().unwrap().is_empty());
