@@ -257,8 +257,10 @@ impl Queue {
             offset += now.len() as u64;
             rest = later;
         }
+        // What is dropped is counted when it is: an outcome does not wait for the rest to be published.
+        let torn = if torn + fits < bytes.len() { lane.drop_torn() } else { 0 };
         self.blocks = blocks;
-        self.held += fits;
+        self.held = self.held + fits - torn;
         fits > 0 && (nothing_before || self.has_much())
     }
 
@@ -342,6 +344,21 @@ impl Lane {
         self.seq += 1;
         let end = Some(End { dropped: self.dropped });
         (Some(Chunk { seq: self.seq, offset: self.arrived, bytes: Bytes::new(), end }), dropped)
+    }
+
+    /// Drops the beginning of a character whose rest is dropped just now. Returns how many bytes.
+    fn drop_torn(&mut self) -> usize {
+        let torn = match self.blocks.back_mut() {
+            Some(last) => {
+                let complete = complete_length(&last.bytes);
+                let torn = last.bytes.len() - complete;
+                last.bytes.truncate(complete);
+                torn
+            }
+            None => std::mem::take(&mut self.begun).len(),
+        };
+        self.dropped += torn as u64;
+        torn
     }
 
     /// Drops the beginning of a character whose rest was dropped before `next`.
