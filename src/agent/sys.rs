@@ -40,6 +40,10 @@ pub const POLLERR: i16 = 0x8;
 pub const POLLHUP: i16 = 0x10;
 
 const PR_SET_DUMPABLE: c_int = 4;
+#[cfg(target_arch = "x86_64")]
+const SYS_RT_SIGACTION: c_long = 13;
+#[cfg(target_arch = "aarch64")]
+const SYS_RT_SIGACTION: c_long = 134;
 const SYS_CLOSE_RANGE: c_long = 436;
 const CLOSE_RANGE_CLOEXEC: c_ulong = 4;
 const F_GETFL: c_int = 3;
@@ -47,8 +51,6 @@ const F_SETFL: c_int = 4;
 const O_NONBLOCK: c_int = 0o4000;
 const O_CLOEXEC: c_int = 0o2_000_000;
 const SIG_SETMASK: c_int = 2;
-const SIG_DFL: usize = 0;
-const SIG_ERR: usize = usize::MAX;
 const WNOHANG: c_int = 1;
 const RUSAGE_CHILDREN: c_int = -1;
 
@@ -98,7 +100,6 @@ unsafe extern "C" {
     fn prctl(option: c_int, ...) -> c_int;
     safe fn setpgid(pid: c_int, group: c_int) -> c_int;
     safe fn sigaddset(set: &mut SignalSet, signal: c_int) -> c_int;
-    fn signal(signal: c_int, handler: usize) -> usize;
     safe fn signalfd(fd: RawFd, set: &SignalSet, flags: c_int) -> RawFd;
     fn sigprocmask(how: c_int, set: *const SignalSet, old: *mut SignalSet) -> c_int;
     fn syscall(number: c_long, ...) -> c_long;
@@ -175,11 +176,17 @@ impl Signals {
     /// Gives every signal its default disposition and blocks it. Children have the former from here
     /// and take back the latter themselves.
     pub fn take() -> io::Result<Self> {
+        // The kernel's own structure, of which the default is all zeros. The C library's face refuses
+        // the signals that it keeps for itself, and those, too, may have come here ignored.
+        let default = [0_u64; 4];
+        let length = size_of::<u64>();
         let mut set = SignalSet([0; 16]);
         for number in 1..=SIGNALS {
-            // SAFETY: a default disposition runs no code of this program's. The C library refuses
-            // the few signals it keeps for itself, and those that cannot be changed are at default.
-            if unsafe { signal(number, SIG_DFL) } != SIG_ERR && !FAULTS.contains(&number) {
+            let (new, old) = (default.as_ptr(), ptr::null_mut::<u64>());
+            // SAFETY: the new disposition is as long as the kernel's structure and runs no code of this
+            // program's; the old one is not asked for. It fails for those that cannot be changed.
+            unsafe { syscall(SYS_RT_SIGACTION, c_long::from(number), new, old, length) };
+            if !FAULTS.contains(&number) {
                 sigaddset(&mut set, number);
             }
         }

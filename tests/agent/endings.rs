@@ -24,7 +24,7 @@ fn what_a_function_leaves_behind_is_killed_and_does_not_delay_its_end() {
         assert!(outcome.exit.ran_us < 60_000_000);
     }
     // What one of them wrote before is kept, though the writer is dead.
-    let script = "sh -c 'echo left; kill -USR1 $PPID; sleep 1000' & trap 'exit 3' USR1; wait";
+    let script = "trap 'exit 3' USR1; sh -c 'echo left; kill -USR1 $PPID; sleep 1000' & wait";
     let outcome = run(&sh(script));
     assert_eq!((outcome.text().as_str(), outcome.exit.code), ("left\n", 3));
 }
