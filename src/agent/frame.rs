@@ -9,6 +9,9 @@
 //! daemon → agent   Start, then any number of Stdin and one StdinEnd where Start announced them
 //! agent → daemon   Hello, then Refused; or Started, any number of Stdout and Stderr, Exit
 //! ```
+//!
+//! The daemon keeps its side open until it has heard Refused or Exit, whether it has anything to say
+//! or not: to an agent, its end is the daemon's, and the function is killed.
 
 use std::fmt;
 
