@@ -358,27 +358,28 @@ fn classify(full: &str, error: Error, trouble: Option<&str>) -> Failure {
     let lower = text.to_lowercase();
     let says = |words: &[&str]| words.iter().any(|word| lower.contains(word));
     let message = format!("{full}: {text}");
+    // Engines with containerd's store say that both may be, and then which of them it is.
+    let wants_password = says(&["no basic auth"]);
     // The default registry answers with the first of these for what it does not let us see, too.
-    if says(&[
+    let is_unknown = says(&[
         "repository does not exist",
         "manifest unknown",
         "name unknown",
         "no such image",
         "no matching manifest",
         "invalid reference",
-    ]) || lower.trim_end().ends_with(": not found")
-    {
-        rejected(code::IMAGE_NOT_FOUND, message)
-    } else if says(&[
+    ]) || lower.trim_end().ends_with(": not found");
+    let is_denied = says(&[
         "unauthorized",
-        "no basic auth",
         "authentication required",
         "access denied",
         "denied: ",
         "access to the resource is denied",
         "incorrect username",
-    ]) && !says(&["permission denied"])
-    {
+    ]) && !says(&["permission denied"]);
+    if is_unknown && !wants_password {
+        rejected(code::IMAGE_NOT_FOUND, message)
+    } else if is_denied || wants_password {
         let trouble = trouble.map(|t| format!(" (and {t})")).unwrap_or_default();
         rejected(code::IMAGE_UNAUTHORIZED, format!("{message}{trouble}"))
     } else {
@@ -453,6 +454,17 @@ mod tests {
                 code::IMAGE_NOT_FOUND,
             ),
             ("Head \"http://x/v2/\": no basic auth credentials", code::IMAGE_UNAUTHORIZED),
+            (
+                "failed to resolve reference \"x:1\": pull access denied, repository does not exist or may \
+                 require authorization: authorization failed: no basic auth credentials",
+                code::IMAGE_UNAUTHORIZED,
+            ),
+            (
+                "failed to resolve reference \"x:1\": unexpected status from HEAD request to http://x: \
+                 401 Unauthorized",
+                code::IMAGE_UNAUTHORIZED,
+            ),
+            ("failed to resolve reference \"x:1\": x:1: not found", code::IMAGE_NOT_FOUND),
             (
                 "Head \"http://x/v2/\": unauthorized: authentication required",
                 code::IMAGE_UNAUTHORIZED,
