@@ -394,7 +394,9 @@ impl Pool {
                     ABSENCE.most
                 };
                 kind.not_before = Some(Instant::now() + delay);
-                if is_refusal && kind.failures == 1 && self.is_news() {
+                // What a request names and the image does not have is told to whoever sent it.
+                let is_ours = kind.pattern.user.is_none();
+                if is_refusal && is_ours && kind.failures == 1 && self.is_news() {
                     let image = kind.pattern.image.as_str();
                     tracing::warn!(image, %error, "no warm container could be made of this image; its jobs start cold");
                 }
