@@ -7,7 +7,7 @@
 #   scripts/bench.sh --warm             only containers that wait, and what they are compared with: about seven minutes
 #   scripts/bench.sh --breakdown        only where the time of one warm start goes: a minute
 #   scripts/bench.sh --durability       only what durable delivery costs
-#   scripts/bench.sh --rounds N | --budget SECONDS
+#   scripts/bench.sh --rounds N | --budget SECONDS    no round at all leaves the contenders out
 #
 # Needs a Docker engine (DOCKER_HOST is obeyed by every contender), the docker command line client, nats-server and a
 # static busybox (BENCH_BUSYBOX, default /bin/busybox). Nothing is pulled and nothing is left behind.

@@ -67,9 +67,9 @@ fn goals(out: &mut String, m: &Measured) {
     };
     if !m.blocks.is_empty() {
         contenders(m, &mut row);
-        if m.warm.is_some() {
-            warm_report::goals(m, &mut row);
-        }
+    }
+    if m.warm.is_some() {
+        warm_report::goals(m, &mut row);
     }
     if let Some(d) = &m.durability {
         durable(d, &mut row);

@@ -40,7 +40,14 @@ impl Waiting {
             attach_stdin: Some(true),
             open_stdin: Some(true),
             stdin_once: Some(true),
-            host_config: confined.host_config.map(|host| HostConfig { init: Some(false), ..host }),
+            host_config: confined.host_config.map(|host| HostConfig {
+                init: Some(false),
+                // The same as a quota, which can be changed.
+                nano_cpus: None,
+                cpu_period: Some(100_000),
+                cpu_quota: Some(100_000),
+                ..host
+            }),
             ..confined
         };
         let id = docker.create_container(None::<CreateContainerOptions>, body).await?.id;

@@ -39,6 +39,8 @@ pub(crate) struct Warm {
     pub(crate) line: Samples,
     pub(crate) lost: usize,
     pub(crate) wrong: usize,
+    /// Parts that could not be measured.
+    pub(crate) failed: Vec<String>,
 }
 
 /// A load that does not wait for its answers.
@@ -143,10 +145,23 @@ pub(crate) async fn rest(engine: &Engine, daemon: &mut Daemon) -> Result<usize> 
     Ok(hits)
 }
 
-/// Everything, for longer with `long`.
-pub(crate) async fn measure(engine: &Engine, nats: &Nats, long: bool) -> Result<Warm> {
+/// Everything, for longer with `long`. What fails of it is noted, and costs none of the rest.
+pub(crate) async fn measure(engine: &Engine, nats: &Nats, long: bool) -> Warm {
     let mut warm = Warm::default();
     let times = if long { 3 } else { 1 };
+    let done = echoes(engine, nats, &mut warm, times).await;
+    warm.note("steady load", done);
+    let done = creations(engine, &mut warm, 3 * times).await;
+    warm.note("creations", done);
+    let done = interpreter(engine, nats, &mut warm, 6 * times).await;
+    warm.note("an interpreter", done);
+    let done = many_images(engine, nats, &mut warm, times).await;
+    warm.note("many images", done);
+    warm
+}
+
+/// What one daemon can be asked for with one image.
+async fn echoes(engine: &Engine, nats: &Nats, warm: &mut Warm, times: u32) -> Result<()> {
     let mut daemon = Daemon::start(nats, Setup::warm(SLOTS, Delivery::Core, IMAGE)).await?;
     engine.expect_pool(daemon.pid, Some(SLOTS));
     engine.drained().await?;
@@ -162,18 +177,20 @@ pub(crate) async fn measure(engine: &Engine, nats: &Nats, long: bool) -> Result<
         warm.count(&batch);
         warm.paced.push(Paced { rate, latency: Samples::of(&batch.latencies), hits });
     }
-    changed_limits(engine, nats, &mut daemon, &mut warm, 3 * times).await?;
+    changed_limits(engine, nats, &mut daemon, warm, 3 * times).await?;
     engine.expect_no_pool(daemon.pid);
     daemon.stop().await;
-    engine.drained().await?;
-
-    creations(engine, &mut warm, 3 * times).await?;
-    interpreter(engine, nats, &mut warm, 6 * times).await?;
-    many_images(engine, nats, &mut warm, times).await?;
-    Ok(warm)
+    engine.drained().await
 }
 
 impl Warm {
+    fn note(&mut self, part: &str, done: Result<()>) {
+        if let Err(error) = done {
+            eprintln!("bench: {part}: {error:#}");
+            self.failed.push(format!("{part}: {error:#}"));
+        }
+    }
+
     fn count(&mut self, batch: &Batch) {
         self.lost += batch.lost;
         self.wrong += batch.wrong;

@@ -16,21 +16,22 @@ pub(crate) fn goals(m: &Measured, row: Row<'_>) {
         ("the daemon's own cold path, worker idle before each job", Contender::DaemonIdle, 100.0),
     ];
     for (other, contender, times) in against {
-        let ratio = report::latency_ratio(m, warm, contender, 1);
+        let Some(ratio) = report::latency_ratio(m, warm, contender, 1) else { continue };
         row(
             &format!("p50 of a warm start against {other}, 1 in parallel"),
             format!("≤ 1/{times}"),
-            inverse(ratio.as_ref()),
-            ratio.map(|r| r.median <= 1.0 / times),
+            inverse(Some(&ratio)),
+            Some(ratio.median <= 1.0 / times),
         );
     }
-    let ratio = report::throughput_ratio(m, warm, Contender::Daemon, 8);
-    row(
-        "jobs/s with containers that wait against without, 8 in parallel",
-        "≥ 1".to_owned(),
-        show(ratio.as_ref()),
-        ratio.map(|r| r.median >= 1.0),
-    );
+    if let Some(ratio) = report::throughput_ratio(m, warm, Contender::Daemon, 8) {
+        row(
+            "jobs/s with containers that wait against without, 8 in parallel",
+            "≥ 1".to_owned(),
+            show(Some(&ratio)),
+            Some(ratio.median >= 1.0),
+        );
+    }
     let Some(measured) = &m.warm else { return };
     if let Some(Paced { latency, .. }) = measured.paced.iter().find(|paced| paced.rate == 5) {
         let times = latency.percentile(99.0) / latency.median();
@@ -59,6 +60,9 @@ pub(crate) fn goals(m: &Measured, row: Row<'_>) {
 }
 
 pub(crate) fn tables(out: &mut String, warm: &Warm) {
+    for failed in &warm.failed {
+        let _ = writeln!(out, "**Not measured**: {failed}.\n");
+    }
     paced(out, warm);
     many(out, warm);
     if let Some(Ok(python)) = &warm.python {
