@@ -24,6 +24,7 @@ mod warm;
 mod warm_report;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::panic::AssertUnwindSafe;
 use std::process::{ExitCode, Stdio};
 use std::sync::Arc;
@@ -333,13 +334,12 @@ async fn contend(
     for parallel in PARALLEL {
         for contender in Contender::all().into_iter().filter(|c| c.takes_part(parallel, options)) {
             let Some(kind) = contender.kind() else { continue };
-            if !daemons.contains_key(&(kind, parallel)) {
-                let daemon = Daemon::start(nats, kind.setup(parallel)).await?;
-                if kind != Kind::Cold {
-                    engine.expect_pool(daemon.pid, Some(daemon.setup.warm));
-                }
-                daemons.insert((kind, parallel), daemon);
+            let Entry::Vacant(place) = daemons.entry((kind, parallel)) else { continue };
+            let daemon = Daemon::start(nats, kind.setup(parallel)).await?;
+            if kind != Kind::Cold {
+                engine.expect_pool(daemon.pid, Some(daemon.setup.warm));
             }
+            place.insert(daemon);
         }
     }
     engine.drained().await?;
