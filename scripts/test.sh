@@ -93,6 +93,17 @@ remove_test_cgroups() {
     find /sys/fs/cgroup -depth -type d -path '*/worker-spawner-test-*' -exec rmdir {} + 2>/dev/null || true
 }
 
+# An engine that is killed while it starts a container forgets the container's shim, and with the engine's namespaces the
+# shim goes, but not its socket. Removed are those made since the tests began that nobody on this machine listens on.
+remove_dead_sockets() {
+    local socket
+    cat /proc/[0-9]*/net/unix 2>/dev/null | awk '{ print $8 }' | sort -u >"$BEFORE.sockets"
+    while read -r socket; do
+        grep -qxF "$socket" "$BEFORE.sockets" || rm -f "$socket"
+    done < <(find /run/containerd/s -type s -newer "$BEFORE" 2>/dev/null)
+    rm -f "$BEFORE.sockets"
+}
+
 nothing_new() {
     list_leftovers >"$BEFORE.now"
     NEW="$(comm -13 "$BEFORE" "$BEFORE.now")"
@@ -133,6 +144,7 @@ if [[ -z $SOAK ]]; then
     remove_test_images
     remove_agent_volumes
 fi
+remove_dead_sockets
 # Removal follows the result, so the last container may be going while the tests end.
 if wait_until 20 nothing_new; then
     say "all tests passed, nothing left behind"

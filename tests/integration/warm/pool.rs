@@ -10,6 +10,7 @@ use futures::future::join_all;
 use serde_json::json;
 
 use super::{cold_world, is_warm, run_warm, shell, wait_for_waiting, waiting, warm_world};
+use crate::support::engine::Engine;
 use crate::support::images::{Image, LABEL, ROOT};
 use crate::support::registry::{Access, Registry};
 use crate::support::tar::archive;
@@ -204,8 +205,9 @@ async fn a_tag_that_moved_is_not_served_from_what_waits() {
     let image = registry.reference("moving:latest");
     let settings = [("PULL_POLICY", "always"), ("WARM_CONTAINERS", "2")];
     registry.put("moving", "latest", "0");
+    // Removed when nothing that waits has a use for it any more.
+    let _guard = Engine::shared().await.remove_later(&image);
     let world = World::start(&settings).await;
-    let _guard = world.engine.remove_later(&image);
     let request = json!({"image_reference": image});
     for version in 0..4 {
         let words = version.to_string();
@@ -236,8 +238,8 @@ async fn import(world: &World, name: &str, words: &str) {
 async fn a_name_that_is_given_to_another_image_on_the_engine_is_noticed() {
     let name = format!("worker-spawner-test/retagged-{}", unique());
     let (a, b, moving) = (format!("{name}:a"), format!("{name}:b"), format!("{name}:moving"));
+    let _guard = Engine::shared().await.remove_later(&a);
     let world = World::start(&[("PULL_POLICY", "missing"), ("WARM_CONTAINERS", "2")]).await;
-    let _guard = world.engine.remove_later(&a);
     import(&world, &a, "first").await;
     import(&world, &b, "second").await;
     let request = json!({"image_reference": moving});
