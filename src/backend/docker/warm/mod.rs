@@ -33,8 +33,8 @@ use creation::CreateError;
 use plan::{Step, View, next_step};
 pub(super) use run::{Idle, WarmRun};
 
-/// How many containers are made at once: where the engine makes the most of them, see
-/// `docs/BENCHMARKS.md`.
+/// How many containers are made at once: half of what the engine makes the most of them with, see
+/// `docs/BENCHMARKS.md`. The rest is left to jobs that wait for a creation.
 const CREATIONS: usize = 2;
 /// How long after a job took a container the next one is begun: a short function has its result by
 /// then.
