@@ -118,7 +118,8 @@ engine_stop() {
 engine_empty() {
     local ids
     engine_answers || return 0
-    ids="$(docker ps -aq)"
+    # By name: Docker 20.10 may list what it does not have any more, without one.
+    ids="$(docker ps -aq --filter name=.)"
     # shellcheck disable=SC2086 # one word per container
     [[ -z $ids ]] || docker rm -fv $ids >/dev/null
     docker network prune -f >/dev/null
