@@ -31,8 +31,6 @@ const KILLED: i64 = 128 + 9;
 /// How many places a command is looked for in, and for how long.
 const MAX_CANDIDATES: usize = 32;
 const LOOK_PATIENCE: Duration = Duration::from_secs(5);
-/// How long a container that ends by itself may take to be gone.
-const OWN_END_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a function runs before its container, made for none, is named after its job.
 const RENAME_AFTER: Duration = Duration::from_millis(300);
 /// Slack between a run's own deadline and the label that lets others remove its container.
@@ -179,15 +177,6 @@ impl Container {
             Err(e) => !e.is_not_found(),
         };
         Err(CleanupError { message: error.to_string(), may_be_running })
-    }
-
-    /// Removes one that is about to end by itself, once it has ended: an engine that is told to remove
-    /// a container in the moment of its end may list it for ever after (20.10: the end is written
-    /// down behind the removal).
-    pub(super) async fn remove_after_end(&self) -> Result<(), CleanupError> {
-        // Over either way: the removal is by force.
-        let _ = tokio::time::timeout(OWN_END_PATIENCE, self.exit_code()).await;
-        self.remove().await
     }
 
     async fn inspect(&self) -> Result<ContainerInspectResponse, CallError> {

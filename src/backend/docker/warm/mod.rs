@@ -491,9 +491,8 @@ fn discard(idle: Idle) {
 }
 
 async fn remove(Idle { container, ear, voice, .. }: Idle) {
-    // The agent ends with the line.
     drop((ear, voice));
-    if let Err(error) = container.remove_after_end().await {
+    if let Err(error) = container.remove().await {
         tracing::debug!(%error, "a warm container is left to the reaper");
     }
 }

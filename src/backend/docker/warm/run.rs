@@ -167,12 +167,7 @@ impl WarmRun {
     pub(in crate::backend::docker) async fn cleanup(&mut self) -> Result<(), CleanupError> {
         // The line first: an engine that cannot write to it holds on to the container.
         (self.ear, self.voice, self.feeding, self.inquest) = (None, None, None, None);
-        if self.exited {
-            // The agent follows its function.
-            self.container.remove_after_end().await
-        } else {
-            self.container.remove().await
-        }
+        self.container.remove().await
     }
 }
 
