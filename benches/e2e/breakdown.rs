@@ -44,7 +44,7 @@ pub(crate) async fn measure(engine: &Engine, nats: &Nats) -> Result<Vec<Breakdow
 }
 
 async fn of(engine: &Engine, nats: &Nats, delivery: Delivery) -> Result<Breakdown> {
-    let setup = Setup::warm(SLOTS, delivery, IMAGE);
+    let setup = Setup::warm(SLOTS, delivery, &IMAGE);
     let logging = Setup { log: "info,worker_spawner::stage=trace", ..setup.clone() };
     let mut plain = Daemon::start(nats, setup).await?;
     let mut logging = Daemon::start(nats, logging).await?;

@@ -80,7 +80,7 @@ pub(crate) struct Function {
 impl Function {
     /// The one that all contenders run.
     pub(crate) fn echo() -> Self {
-        Self::echo_in(IMAGE)
+        Self::echo_in(&IMAGE)
     }
 
     pub(crate) fn echo_in(image: &str) -> Self {

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -23,9 +23,13 @@ use futures::StreamExt;
 
 use crate::images;
 
-/// What the names of all images of the benchmark begin with.
-pub(crate) const IMAGES: &str = "worker-spawner-bench/";
-pub(crate) const IMAGE: &str = "worker-spawner-bench/busybox:latest";
+/// What the names of all images of this run begin with. No other run's do: several may share an engine, and each counts,
+/// waits for and removes what is its own.
+pub(crate) static IMAGES: LazyLock<String> = LazyLock::new(|| {
+    let unique = uuid::Uuid::now_v7().as_u64_pair().1 & 0xffff_ffff;
+    format!("worker-spawner-bench/{unique:08x}-")
+});
+pub(crate) static IMAGE: LazyLock<String> = LazyLock::new(|| format!("{}busybox:latest", *IMAGES));
 pub(crate) const COMMAND: [&str; 2] = ["echo", "hi"];
 pub(crate) const PRINTED: &str = "hi\n";
 
@@ -104,7 +108,7 @@ impl Engine {
         for applet in ["sh", "echo", "true", "cat"] {
             symlink("busybox", bin.join(applet))?;
         }
-        images::import(&mut &pack(root.path())?[..], IMAGE, "/bin")
+        images::import(&mut &pack(root.path())?[..], &IMAGE, "/bin")
     }
 
     /// The floor: what any client has to ask of the engine for one job, in the order that loses no output.
@@ -139,16 +143,15 @@ impl Engine {
         Ok(Timing { to_result, to_removed })
     }
 
-    /// Those of the benchmark's images, whoever made them.
+    /// Those of this run's images, whoever made them.
     pub(crate) async fn containers(&self) -> Result<Vec<ContainerSummary>> {
         let options = ListContainersOptionsBuilder::default().all(true).build();
         let all = self.docker.list_containers(Some(options)).await?;
         let is_ours = |c: &ContainerSummary| {
             let named = [c.image.as_deref(), label(c, LABEL_IMAGE)];
-            // An engine of version 20.10 that is told to remove a container in the moment of its end may list it for ever
-            // after, without a name: there is nothing behind that.
+            // Engine 20.10 may go on listing a container that it has removed, without a name: there is nothing behind that.
             let is_there = c.names.as_ref().is_some_and(|names| !names.is_empty());
-            is_there && named.into_iter().flatten().any(|name| name.starts_with(IMAGES))
+            is_there && named.into_iter().flatten().any(|name| name.starts_with(&**IMAGES))
         };
         Ok(all.into_iter().filter(is_ours).collect())
     }
@@ -225,7 +228,7 @@ impl Engine {
         true
     }
 
-    /// Removes every container of the benchmark's images, then the images, and the daemons' volume where that is theirs.
+    /// Removes every container of this run's images, then the images, and the daemons' volume where that is theirs.
     pub(crate) async fn sweep(&self) {
         let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
         for id in self.containers().await.unwrap_or_default().into_iter().filter_map(|c| c.id) {
@@ -235,7 +238,7 @@ impl Engine {
                 self.docker.remove_container(&id, Some(options.clone())).await,
             );
         }
-        let filters = HashMap::from([("reference", vec![format!("{IMAGES}*")])]);
+        let filters = HashMap::from([("reference", vec![format!("{}*", *IMAGES)])]);
         let list = ListImagesOptionsBuilder::default().filters(&filters).build();
         let images = self.docker.list_images(Some(list)).await.unwrap_or_default();
         let options = RemoveImageOptionsBuilder::default().force(true).build();
@@ -278,7 +281,7 @@ fn agent_volume() -> String {
 /// `NetworkMode: none` builds a network sandbox first.
 pub(crate) fn minimal() -> ContainerCreateBody {
     ContainerCreateBody {
-        image: Some(IMAGE.to_owned()),
+        image: Some(IMAGE.clone()),
         cmd: Some(COMMAND.map(str::to_owned).to_vec()),
         attach_stdout: Some(true),
         attach_stderr: Some(true),

@@ -24,7 +24,7 @@ pub(crate) async fn make_many(engine: &Engine, count: usize) -> Result<Vec<Arc<s
         let upload = UploadToContainerOptionsBuilder::default().path("/").build();
         let archive = bollard::body_full(engine::pack(root.path())?.into());
         docker.upload_to_container(&id, Some(upload), archive).await?;
-        let repo = format!("{IMAGES}many");
+        let repo = format!("{}many", *IMAGES);
         let tag = n.to_string();
         let commit = CommitContainerOptionsBuilder::default()
             .container(&id)

@@ -83,8 +83,8 @@ impl Kind {
     fn setup(self, parallel: usize) -> Setup {
         match self {
             Self::Cold => Setup::cold(slots(parallel), Delivery::Core),
-            Self::Warm => Setup::warm(slots(parallel), Delivery::Core, IMAGE),
-            Self::WarmJetStream => Setup::warm(slots(parallel), Delivery::JetStream, IMAGE),
+            Self::Warm => Setup::warm(slots(parallel), Delivery::Core, &IMAGE),
+            Self::WarmJetStream => Setup::warm(slots(parallel), Delivery::JetStream, &IMAGE),
         }
     }
 }
@@ -543,7 +543,7 @@ async fn command_line(options: &[&str]) -> Result<Timing> {
     let run = tokio::process::Command::new("docker")
         .args(["run", "--rm"])
         .args(options)
-        .arg(IMAGE)
+        .arg(IMAGE.as_str())
         .args(COMMAND)
         .stdin(Stdio::null())
         .kill_on_drop(true)

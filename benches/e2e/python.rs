@@ -8,7 +8,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command as Program, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -16,11 +16,11 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use crate::daemon::Function;
-use crate::engine::LABEL_BYSTANDER;
+use crate::engine::{IMAGES, LABEL_BYSTANDER};
 use crate::images;
 use crate::stats::Samples;
 
-pub(crate) const IMAGE: &str = "worker-spawner-bench/python:latest";
+pub(crate) static IMAGE: LazyLock<String> = LazyLock::new(|| format!("{}python:latest", *IMAGES));
 /// Of the distribution: what a version manager puts before it in PATH may be a script.
 const INTERPRETER: &str = "/usr/bin/python3";
 /// What of the standard library no program needs.
@@ -58,7 +58,7 @@ for line in sys.stdin:
 
 pub(crate) fn function() -> Function {
     Function {
-        image: Arc::from(IMAGE),
+        image: Arc::from(IMAGE.as_str()),
         command: &["python3", "-c", "print(1)"],
         prints: "1\n",
         memory_bytes: None,
@@ -96,7 +96,7 @@ pub(crate) fn make_image() -> Result<()> {
         .stderr(Stdio::null())
         .spawn()?;
     let mut archive = tar.stdout.take().context("no stdout")?;
-    images::import(&mut archive, IMAGE, "/usr/bin:/bin")?;
+    images::import(&mut archive, &IMAGE, "/usr/bin:/bin")?;
     ensure!(tar.wait()?.success(), "tar failed");
     Ok(())
 }
@@ -137,7 +137,7 @@ impl Reference {
             .args(["--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"])
             .args(["--read-only", "--tmpfs", "/tmp", "--memory", "512m", "--memory-swap", "512m"])
             .args(["--cpus", "1", "--pids-limit", "256", "--log-driver", "none"])
-            .args([IMAGE, "python3", "-c", REFERENCE])
+            .args([IMAGE.as_str(), "python3", "-c", REFERENCE])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)

@@ -319,6 +319,9 @@ fn line(
 }
 
 fn ratios(out: &mut String, m: &Measured) {
+    if !m.blocks.contains_key(&(Contender::Bare, 1)) {
+        return;
+    }
     let _ =
         writeln!(out, "| the daemon against | in parallel | p50 | jobs/s |\n|---|---:|---:|---:|");
     for parallel in crate::PARALLEL {

@@ -162,7 +162,7 @@ pub(crate) async fn measure(engine: &Engine, nats: &Nats, long: bool) -> Warm {
 
 /// What one daemon can be asked for with one image.
 async fn echoes(engine: &Engine, nats: &Nats, warm: &mut Warm, times: u32) -> Result<()> {
-    let mut daemon = Daemon::start(nats, Setup::warm(SLOTS, Delivery::Core, IMAGE)).await?;
+    let mut daemon = Daemon::start(nats, Setup::warm(SLOTS, Delivery::Core, &IMAGE)).await?;
     engine.expect_pool(daemon.pid, Some(SLOTS));
     engine.drained().await?;
 
@@ -279,7 +279,8 @@ async fn interpreter(engine: &Engine, nats: &Nats, warm: &mut Warm, rounds: u32)
         warm.python = Some(Err(format!("{why:#}")));
         return Ok(());
     }
-    let mut daemon = Daemon::start(nats, Setup::warm(SLOTS, Delivery::Core, python::IMAGE)).await?;
+    let mut daemon =
+        Daemon::start(nats, Setup::warm(SLOTS, Delivery::Core, &python::IMAGE)).await?;
     engine.expect_pool(daemon.pid, Some(SLOTS));
     let mut reference = python::Reference::start().await?;
     engine.drained().await?;
