@@ -156,9 +156,8 @@ impl Intake {
             });
         }
         // What came in before the end of the subscription is answered, too.
-        for message in self.connection.unsubscribe(&mut requests, count).await {
-            self.refuse(received(message), shutting_down());
-        }
+        let refuse = |message| self.refuse(received(message), shutting_down());
+        self.connection.unsubscribe(&mut requests, count, refuse).await;
     }
 
     fn spawn_job(&self, delivery: Delivery, slot: Slot) {

@@ -3,12 +3,13 @@
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::connection::State;
 use async_nats::{Client, ConnectOptions, Event, Request, ServerAddr, Subscriber};
 use futures::{FutureExt, StreamExt};
 use tokio::sync::watch;
+use tokio::task::unconstrained;
 
 use crate::config;
 use crate::retry::Backoff;
@@ -23,10 +24,13 @@ const PING_INTERVAL: Duration = Duration::from_secs(15);
 const CONFIRM_PATIENCE: Duration = Duration::from_secs(60);
 /// How often the connection's state is looked at beside the client's events.
 const STATE_CHECK: Duration = Duration::from_secs(1);
-/// How many more messages a subscription takes before its end: more than are on the wire at once.
-const LAST_MESSAGES: u64 = 256;
-/// How long they may take to come.
-const LAST_MESSAGES_PATIENCE: Duration = Duration::from_millis(250);
+/// Behind how many messages more a subscription ends, and how long they may take to come. The first
+/// is more than are on the wire at once, the second more than come in a moment where the first are
+/// not reached.
+const EXACT_ENDS: [(u64, Duration); 2] =
+    [(1024, Duration::from_millis(300)), (64, Duration::from_millis(100))];
+/// After how long without a message there is too little traffic to wait for a number of them.
+const EMPTY_AFTER: Duration = Duration::from_millis(60);
 /// How long a server may take to end a subscription.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 /// How long one try to connect may take.
@@ -54,6 +58,49 @@ pub enum ConnectError {
     /// The client refuses the settings.
     #[error("NATS: {0}")]
     Client(#[from] async_nats::ConnectError),
+}
+
+/// A subscription that comes to its end.
+struct Ending<'a, F> {
+    subscriber: &'a mut Subscriber,
+    /// How many messages it has yielded in all.
+    received: u64,
+    take: F,
+}
+
+impl<F: FnMut(async_nats::Message)> Ending<'_, F> {
+    /// Takes what lies in the client's channel.
+    fn take_waiting(&mut self) {
+        // All of it: the runtime's budget would feign an empty channel after 128 messages.
+        while let Some(Some(message)) = unconstrained(self.subscriber.next()).now_or_never() {
+            self.take(message);
+        }
+    }
+
+    /// Has the subscription end behind so many further messages. Returns whether it still can.
+    async fn put_behind(&mut self, more: u64) -> bool {
+        // The client counts what it has put into its channel, whether it is taken or not.
+        self.take_waiting();
+        self.subscriber.unsubscribe_after(self.received + more).await.is_ok()
+    }
+
+    /// Ends the subscription where it is.
+    async fn now(&mut self) {
+        if self.subscriber.drain().await.is_ok() {
+            self.take_all().await;
+        }
+    }
+
+    async fn take_all(&mut self) {
+        while let Some(message) = self.subscriber.next().await {
+            self.take(message);
+        }
+    }
+
+    fn take(&mut self, message: async_nats::Message) {
+        self.received += 1;
+        (self.take)(message);
+    }
 }
 
 impl Connection {
@@ -168,45 +215,61 @@ impl Connection {
         }
     }
 
-    /// Ends a subscription that has yielded `received` messages, and yields what still arrives.
+    /// Ends a subscription that has yielded `received` messages, and hands `take` what still
+    /// arrives.
     ///
     /// The client library forgets a subscription before the server does, and drops what is on the
-    /// wire in between. So the end is first put at a number of messages to come, which both sides
-    /// count alike: under load it is reached at once, and nothing is lost. Where it is not reached
-    /// there is hardly any traffic to lose. Without a server there is nothing to wait for.
+    /// wire in between. So the end is put at a number of messages to come, which both sides count
+    /// alike: once it is reached, nothing is lost. Where messages are too rare for that, the end is
+    /// put there and then: what is lost is what comes within that one round trip. Without a server
+    /// there is nothing to wait for.
     pub async fn unsubscribe(
         &self,
         subscriber: &mut Subscriber,
         received: u64,
-    ) -> Vec<async_nats::Message> {
-        let mut rest = Vec::new();
+        take: impl FnMut(async_nats::Message),
+    ) {
+        let mut ending = Ending { subscriber, received, take };
         if *self.connected.borrow() {
-            let exact = async {
-                if subscriber.unsubscribe_after(received + LAST_MESSAGES).await.is_ok() {
-                    while let Some(message) = subscriber.next().await {
-                        rest.push(message);
-                    }
-                }
-            };
-            if tokio::time::timeout(LAST_MESSAGES_PATIENCE, exact).await.is_ok() {
-                return rest;
+            self.up_to_date().await;
+            if self.exact_end(&mut ending).await {
+                return;
             }
-            let abrupt = async {
-                if subscriber.drain().await.is_ok() {
-                    while let Some(message) = subscriber.next().await {
-                        rest.push(message);
-                    }
-                }
-            };
-            if tokio::time::timeout(DRAIN_PATIENCE, abrupt).await.is_err() {
+            if tokio::time::timeout(DRAIN_PATIENCE, ending.now()).await.is_err() {
                 tracing::debug!("the server did not end the subscription in time");
             }
         }
-        // Without a server, and after a timeout: what lies in the client's channel already.
-        while let Some(Some(message)) = subscriber.next().now_or_never() {
-            rest.push(message);
+        ending.take_waiting();
+    }
+
+    /// Whether the end came at a number of messages; not where the traffic is too thin for that.
+    async fn exact_end<F: FnMut(async_nats::Message)>(&self, ending: &mut Ending<'_, F>) -> bool {
+        for (more, patience) in EXACT_ENDS {
+            if !ending.put_behind(more).await {
+                return false;
+            }
+            let begun = Instant::now();
+            while begun.elapsed() < patience {
+                let before = ending.received;
+                let a_while = async {
+                    tokio::join!(self.up_to_date(), tokio::time::sleep(EMPTY_AFTER));
+                };
+                tokio::select! {
+                    () = ending.take_all() => return true,
+                    () = a_while => {}
+                }
+                ending.take_waiting();
+                if ending.received == before {
+                    return false;
+                }
+            }
         }
-        rest
+        false
+    }
+
+    /// Waits until what the server has sent so far is in the channels of the client.
+    async fn up_to_date(&self) {
+        let _ = tokio::time::timeout(DRAIN_PATIENCE, self.confirmed(self.epoch())).await;
     }
 
     /// Whether the server has said that this client may not use JetStream.

@@ -114,9 +114,10 @@ impl Intake {
                 () = closing.cancelled() => break,
             }
         }
-        for message in self.connection.clone().unsubscribe(&mut subscriber, count).await {
-            self.take(received(message));
-        }
+        let connection = self.connection.clone();
+        connection
+            .unsubscribe(&mut subscriber, count, |message| self.take(received(message)))
+            .await;
     }
 
     fn take(&mut self, mut message: Message) {
