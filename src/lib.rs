@@ -19,6 +19,7 @@
 //!
 //! | module | owns |
 //! |---|---|
+//! | [`cli`] | the command line, and the daemon's clients on it |
 //! | [`config`] | the settings: parsed, checked, redacted |
 //! | [`job`] | the vocabulary: job, outcome, error codes |
 //! | [`protocol`] | what travels over NATS: requests, records, outcomes, dead letters, subjects |
@@ -49,6 +50,7 @@ pub mod app;
 pub mod backend;
 pub mod cancel;
 pub mod capture;
+pub mod cli;
 pub mod config;
 pub mod failpoint;
 pub mod health;

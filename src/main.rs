@@ -1,13 +1,32 @@
-//! The daemon's life: settings, log, run, exit code.
+//! What to do, and for the daemon its life: settings, log, run, exit code.
 
 use std::process::ExitCode;
 
+use clap::Parser;
 use tracing_subscriber::EnvFilter;
 use worker_spawner::app;
+use worker_spawner::cli::{Cli, Command};
 use worker_spawner::config::{Config, EX_CONFIG, LogFormat};
 use worker_spawner::shutdown::Signals;
 
 fn main() -> ExitCode {
+    let command = Cli::parse().command.unwrap_or(Command::Serve);
+    // Two libraries bring TLS along; both are to use this implementation of its ciphers.
+    // Nothing else has installed one before.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    if matches!(command, Command::Serve) {
+        return daemon();
+    }
+    match command.run() {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("worker-spawner: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn daemon() -> ExitCode {
     let config = match Config::from_env() {
         Ok(config) => config,
         Err(error) => {
@@ -16,10 +35,6 @@ fn main() -> ExitCode {
         }
     };
     start_log(&config);
-    // Two libraries bring TLS along; both are to use this implementation of its ciphers.
-    if rustls::crypto::ring::default_provider().install_default().is_err() {
-        tracing::debug!("a TLS provider is installed already");
-    }
     match serve(config) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
