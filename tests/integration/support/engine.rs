@@ -389,6 +389,8 @@ impl PrivateEngine {
             .args(["--data-root", &text("data"), "--exec-root", &text("exec")])
             .args(["--pidfile", &text("dockerd.pid"), "--host", &self.host()])
             .args(["--cgroup-parent", &self.cgroup])
+            // A containerd that is slow to end is asked by its engine for its stacks, and writes them there.
+            .env("TMPDIR", self.dir.path())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
