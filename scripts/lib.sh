@@ -78,6 +78,7 @@ package_of() {
     unshare | nsenter | flock | findmnt | setsid | setpriv | pivot_root) echo util-linux ;;
     cc) echo gcc libc6-dev ;;
     pip3) echo python3-pip ;;
+    node) echo nodejs ;;
     *) echo "$1" ;;
     esac
 }

@@ -43,4 +43,6 @@ shell_scripts | xargs -d '\n' shellcheck -x
 say "settings in docker-compose.yml"
 LACKING="$(settings_compose_lacks)"
 [[ -z $LACKING ]] || die "docker-compose.yml does not hand on:"$'\n'"$LACKING"
+say "specifications"
+scripts/specifications.sh check
 scripts/deny.sh

@@ -1,6 +1,7 @@
 //! The vocabulary every module shares: a job, its limits, its outcome, and why it failed.
 //!
-//! Nothing here knows NATS, Docker or JSON.
+//! Nothing here knows NATS or Docker, or how it is written as JSON; only some names on the wire, and
+//! their schemas, are kept beside what they name.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -111,7 +112,8 @@ pub struct Job {
 }
 
 /// What became of a job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, schemars::JsonSchema)]
+#[schemars(rename_all = "snake_case")]
 pub enum Status {
     /// The function ended with exit code 0.
     Succeeded,
@@ -176,7 +178,8 @@ impl FromStr for Status {
 pub struct UnknownName;
 
 /// Before which other jobs a job is run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, schemars::JsonSchema)]
+#[schemars(rename_all = "snake_case")]
 pub enum Priority {
     /// Before all others.
     High,
@@ -291,6 +294,8 @@ pub mod code {
     pub const JOB_EXPIRED: &str = "job.expired";
     /// The job was delivered `MAX_DELIVER` times, and no worker said what became of it.
     pub const MAX_DELIVER: &str = "job.max_deliver";
+    /// No worker knows of the job.
+    pub const JOB_UNKNOWN: &str = "job.unknown";
     /// The worker shut down before the function ended.
     pub const JOB_STOPPED: &str = "job.stopped";
     /// The worker shut down before the job began.
@@ -383,7 +388,8 @@ impl Failure {
 }
 
 /// How the container came to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, schemars::JsonSchema)]
+#[schemars(rename_all = "snake_case")]
 pub enum StartKind {
     /// Created for this job.
     Cold,
@@ -405,7 +411,17 @@ impl StartKind {
 /// How far the pull of an image is.
 ///
 /// The totals grow while the engine finds out what there is to pull.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+)]
 pub struct PullProgress {
     /// The layers known so far.
     pub layers: u64,

@@ -31,6 +31,15 @@ pub enum Command {
         /// The shell.
         shell: clap_complete::Shell,
     },
+    /// Print the specification of the messages: JSON Schemas, or an AsyncAPI document of all subjects.
+    Schema {
+        /// Of what.
+        #[arg(value_enum)]
+        of: generate::Specification,
+        /// The first part of every subject.
+        #[arg(long, default_value = "functions", env = "SUBJECT_PREFIX")]
+        subject_prefix: String,
+    },
     /// Write the manual pages.
     Man {
         /// The directory they go to. It must exist.
@@ -47,6 +56,7 @@ impl Command {
         match self {
             Self::Serve => anyhow::bail!("the daemon is not started from here"),
             Self::Completions { shell } => generate::completions(shell, &mut Cli::command()),
+            Self::Schema { of, subject_prefix } => generate::specification(of, &subject_prefix),
             Self::Man { directory } => generate::manual(&Cli::command(), &directory),
         }
     }

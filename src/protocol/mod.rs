@@ -2,12 +2,15 @@
 //!
 //! Pure functions from bytes to the shared vocabulary and back; no connection, no engine.
 
+pub mod asyncapi;
+pub mod by_id;
 pub mod cancel;
 pub mod dead_letter;
 pub mod headers;
 pub mod outcome;
 pub mod record;
 pub mod request;
+pub mod schema;
 pub mod subjects;
 pub mod time;
 

@@ -5,13 +5,15 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::headers;
+use super::schema::Timestamp;
 use super::time::rfc3339;
 use crate::capture::Captured;
-use crate::job::{JobError, ObjectRef, Outcome, Status};
+use crate::job::{JobError, JobId, ObjectRef, Outcome, StartKind, Status};
 
 /// A message on the results subject.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -227,58 +229,111 @@ pub(super) fn prefix_within(text: &str, room: usize, extra: impl Fn(char) -> usi
     text
 }
 
-/// The JSON of an outcome. What is not known is absent.
-#[derive(Serialize)]
-struct Wire<'a> {
+/// What became of a job. What is not known is absent.
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "Outcome")]
+pub(super) struct Wire<'a> {
+    /// The job's id.
+    #[schemars(with = "JobId")]
     id: &'a str,
+    /// The image, as the request named it.
     #[serde(skip_serializing_if = "Option::is_none")]
     image: Option<&'a str>,
+    /// What became of it.
+    #[schemars(with = "Status")]
     status: &'static str,
+    /// The function's exit code, where it ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     exit_code: Option<i64>,
+    /// The signal it ended by, as far as its exit code, 128 and the signal's number, says so.
     #[serde(skip_serializing_if = "Option::is_none")]
     signal: Option<i64>,
+    /// Why it did not succeed.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<WireError<'a>>,
+    /// What it printed to standard output.
     stdout: &'a str,
+    /// What it printed to standard error.
     stderr: &'a str,
+    /// How stdout is written here.
+    #[schemars(with = "Encoding")]
     stdout_encoding: &'static str,
+    /// How stderr is written here.
+    #[schemars(with = "Encoding")]
     stderr_encoding: &'static str,
+    /// Whether bytes of stdout are missing here.
     stdout_truncated: bool,
+    /// Whether bytes of stderr are missing here.
     stderr_truncated: bool,
+    /// The object that holds standard output, where it did not fit.
     #[serde(skip_serializing_if = "Option::is_none")]
     stdout_object: Option<WireObject<'a>>,
+    /// The object that holds standard error, where it did not fit.
     #[serde(skip_serializing_if = "Option::is_none")]
     stderr_object: Option<WireObject<'a>>,
+    /// Bytes that live output left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     live_logs_dropped_bytes: Option<u64>,
+    /// Whether a process of it was killed for want of memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     oom_killed: Option<bool>,
+    /// Which attempt this was, from 1.
     attempt: u32,
+    /// The instance that ran it.
     worker: &'a str,
+    /// How its container came to be.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<StartKind>")]
     start: Option<&'static str>,
+    /// When the request was received.
+    #[schemars(with = "Timestamp")]
     queued_at: String,
+    /// When the function started.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Timestamp>")]
     started_at: Option<String>,
+    /// When its end was known.
+    #[schemars(with = "Timestamp")]
     finished_at: String,
+    /// How long each stage took, in milliseconds.
     timings_ms: WireTimings,
+    /// What it used.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<WireUsage>,
 }
 
-#[derive(Serialize)]
-struct WireError<'a> {
+/// How output is written in JSON.
+#[derive(JsonSchema)]
+#[schemars(rename_all = "lowercase", inline)]
+#[expect(dead_code, reason = "only its schema is of use")]
+enum Encoding {
+    Utf8,
+    Base64,
+}
+
+/// Why a job did not succeed.
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "Error")]
+pub(super) struct WireError<'a> {
+    /// A stable, dotted code, for machines.
     code: &'a str,
+    /// A sentence, for people.
     message: &'a str,
 }
 
-#[derive(Serialize)]
+/// An object that holds output.
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "Object")]
 struct WireObject<'a> {
+    /// The bucket.
     bucket: &'a str,
+    /// The object's name in it.
     name: &'a str,
+    /// Its bytes.
     size: u64,
+    /// Its digest, as the object store writes it.
     digest: &'a str,
+    /// Whether bytes of the output are missing in it.
     truncated: bool,
 }
 
@@ -289,26 +344,38 @@ impl<'a> WireObject<'a> {
     }
 }
 
-#[derive(Serialize)]
+/// Milliseconds. A stage that was not reached is absent.
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "Timings")]
 struct WireTimings {
+    /// From receipt to a slot.
     #[serde(skip_serializing_if = "Option::is_none")]
     queue: Option<f64>,
+    /// Until the image was there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pull: Option<f64>,
+    /// Until there was a container.
     #[serde(skip_serializing_if = "Option::is_none")]
     create: Option<f64>,
+    /// Until the function began.
     #[serde(skip_serializing_if = "Option::is_none")]
     start: Option<f64>,
+    /// Until it ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     run: Option<f64>,
+    /// From receipt to the outcome.
     #[serde(skip_serializing_if = "Option::is_none")]
     total: Option<f64>,
 }
 
-#[derive(Serialize)]
+/// What a function used.
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "Usage")]
 struct WireUsage {
+    /// Processor time, in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     cpu_ms: Option<f64>,
+    /// The most memory at once, in bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     memory_peak_bytes: Option<u64>,
 }

@@ -4,9 +4,12 @@
 use std::time::SystemTime;
 
 use bytes::Bytes;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::outcome::Wire;
+use super::schema::Timestamp;
 use super::time::rfc3339;
 use crate::job::{JobError, JobId, PullProgress, Status};
 
@@ -31,7 +34,7 @@ const OWN_FIELDS: [&str; 12] = [
 ];
 
 /// Where a job is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// It waits.
@@ -47,10 +50,11 @@ pub enum State {
 }
 
 /// What is known of a job. What is not known is absent.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Record {
     /// The job's id.
     #[serde(with = "as_text")]
+    #[schemars(with = "JobId")]
     pub id: JobId,
     /// Where it is.
     pub state: State,
@@ -66,21 +70,27 @@ pub struct Record {
     pub worker: Option<String>,
     /// When the request was received.
     #[serde(default, with = "as_time_if_known", skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Timestamp>")]
     pub queued_at: Option<SystemTime>,
     /// When this attempt began to make the image available.
     #[serde(default, with = "as_time_if_known", skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Timestamp>")]
     pub pulling_at: Option<SystemTime>,
     /// When this attempt's function started.
     #[serde(default, with = "as_time_if_known", skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Timestamp>")]
     pub running_at: Option<SystemTime>,
     /// When this was written.
     #[serde(with = "as_time")]
+    #[schemars(with = "Timestamp")]
     pub updated_at: SystemTime,
     /// When the next attempt is due.
     #[serde(default, with = "as_time_if_known", skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Timestamp>")]
     pub retry_at: Option<SystemTime>,
     /// When somebody asked for it to be cancelled.
     #[serde(default, with = "as_time_if_known", skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Timestamp>")]
     pub cancel_requested_at: Option<SystemTime>,
     /// How far the pull is that is under way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -104,6 +114,7 @@ pub struct Record {
     pub interleaving: Vec<u32>,
     /// What became of the job: the outcome's fields, but for those that this has itself.
     #[serde(flatten, deserialize_with = "outcome_fields")]
+    #[schemars(with = "Option<Wire<'static>>")]
     pub outcome: Option<Map<String, Value>>,
 }
 

@@ -32,7 +32,7 @@ const MAX_IMAGE_LENGTH: usize = 512;
 
 /// The fields of a request. Anything else is refused, so that a slip of the pen is no silent
 /// change of meaning.
-const FIELDS: &[&str] = &[
+pub(super) const FIELDS: &[&str] = &[
     "image_reference",
     "parameter",
     "id",
@@ -521,4 +521,4 @@ fn millis(duration: Duration) -> u64 {
 
 #[cfg(test)]
 #[path = "request_tests.rs"]
-mod tests;
+pub(super) mod tests;

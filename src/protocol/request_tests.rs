@@ -3,7 +3,8 @@
 use super::*;
 use serde_json::json;
 
-fn policy() -> Policy {
+/// What a worker with the default settings takes, and one network more.
+pub(in crate::protocol) fn policy() -> Policy {
     Policy {
         default_timeout: Duration::from_secs(300),
         max_timeout: Duration::from_secs(3600),

@@ -15,6 +15,7 @@ use serde_json::Value;
 use tokio::io::AsyncReadExt;
 
 use super::results::{Results, header};
+use super::specification;
 use super::wait::{PATIENCE, within};
 
 pub(crate) const QUEUE: &str = "functions_queue";
@@ -240,7 +241,8 @@ impl Events {
 
     pub(crate) fn all(&self) -> Vec<Value> {
         let messages = self.0.all();
-        messages.iter().map(|event| serde_json::from_slice(&event.payload).unwrap()).collect()
+        let events = messages.iter().map(|event| serde_json::from_slice(&event.payload).unwrap());
+        events.inspect(specification::assert_event).collect()
     }
 
     /// The states in the order in which they were told; one that was told again is there again.

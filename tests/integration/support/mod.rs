@@ -16,6 +16,7 @@ pub(crate) mod proxy;
 pub(crate) mod registry;
 pub(crate) mod results;
 pub(crate) mod runs;
+pub(crate) mod specification;
 pub(crate) mod streams;
 pub(crate) mod tar;
 pub(crate) mod wait;

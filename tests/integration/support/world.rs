@@ -14,6 +14,7 @@ use super::images::Image;
 use super::jetstream::{Events, Ledger};
 use super::nats::{NatsOptions, NatsServer, NatsVersion, round_trip};
 use super::results::{Results, header};
+use super::specification;
 use super::wait::{PATIENCE, within};
 use super::warmth::{self, Warmth};
 
@@ -261,7 +262,9 @@ impl World {
         )
         .await
         .unwrap();
-        serde_json::from_slice(&answer.payload).unwrap()
+        let outcome = serde_json::from_slice(&answer.payload).unwrap();
+        specification::assert_outcome(&outcome);
+        outcome
     }
 
     /// Starts a job that runs until [`release`](Self::release), and waits until its container
@@ -370,6 +373,7 @@ pub(crate) const MANY: Duration = Duration::from_secs(300);
 /// The outcome and the result say the same.
 fn agree(ended: &Ended) {
     let outcome = &ended.outcome;
+    specification::assert_outcome(outcome);
     let text = |value: &Value| match value {
         Value::Null => None,
         Value::String(text) => Some(text.clone()),
