@@ -29,6 +29,11 @@ ready_python() {
     CLIENT=("$venv/bin/python" examples/clients/python/client.py)
 }
 
+ready_discovery() {
+    ready_python || return 1
+    CLIENT=("$CACHE/python/bin/python" examples/clients/python/discover.py)
+}
+
 ready_node() {
     local dir="$CACHE/node" source=examples/clients/node
     have 'command -v node' nodejs || return 1
@@ -91,6 +96,8 @@ tells_errors() {
     local message='the command "nosuch" is not in the image: No such file or directory'
     expect 1 "run: rejected -\nexecute: rejected -\n$message" "command.not_found $message" nosuch
 }
+
+is_found() { expect 0 'endpoints: cancel run status\nfound\nrequests: some\n' '' echo found; }
 
 # Three at once for one slot: somebody is told to come back, and everybody is served.
 waits_for_its_turn() {
@@ -181,6 +188,8 @@ serve jetstream --jetstream --store_dir "$WORK/store"
 for client in python node rust; do
     try "$client" greets takes_bytes tells_errors waits_for_its_turn
 done
+
+try discovery is_found
 
 ((FAILED == 0)) || tail -n +1 "${LOGS[@]}" >&2
 printf 'clients: %d passed, %d failed' "$PASSED" "$FAILED"

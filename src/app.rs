@@ -1,10 +1,12 @@
 //! The wiring: the only place that knows every part.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_nats::jetstream;
+use serde_json::json;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
@@ -14,12 +16,15 @@ use crate::backend::docker::{self, Docker};
 use crate::backend::{Backend, PreflightError};
 use crate::config::{Config, Delivery, EX_CONFIG};
 use crate::health::{Health, reap, up, watch_engine};
+use crate::inquiry::Inquiries;
 use crate::intake::Intake;
 use crate::nats::Connection;
 use crate::objects::Objects;
+use crate::protocol::schema;
 use crate::publish::Publisher;
 use crate::retry::Backoff;
 use crate::runner::{self, Runner};
+use crate::service::{Endpoint, Service, Tally};
 use crate::shutdown::{Shutdown, Signals};
 use crate::source::buffer::Limits;
 use crate::source::core::CoreSource;
@@ -82,17 +87,19 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     };
     let (suspicions, suspected) = watch::channel(0);
     let publisher = Publisher::new(connection.clone(), &config.subjects);
-    let options = runner_options(&config, &worker);
+    let tallies = Tallies::default();
+    let options = runner_options(&config, &worker, &tallies);
     let mut runner =
         Runner::new(backend.clone(), publisher.clone(), options, shutdown.clone(), suspicions);
     if let Some(Durable { jetstream, topology, records, objects }) = &durable {
-        let publisher = publisher.durable(jetstream.clone(), topology.clone());
+        let publisher = publisher.clone().durable(jetstream.clone(), topology.clone());
         runner = runner.durable(publisher, records.clone(), objects.clone());
     }
     let runner = Arc::new(runner);
     let intake = Intake {
         connection: connection.clone(),
-        subjects: config.subjects.clone(),
+        publisher: publisher.clone(),
+        cancellations: tallies.cancel.clone(),
         runner: runner.clone(),
         slots: Slots::new(config.max_containers),
         jobs: TaskTracker::new(),
@@ -128,6 +135,16 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     let run_requests =
         client.queue_subscribe(config.subjects.run.clone(), config.queue_group.clone()).await?;
     let cancellations = client.subscribe(config.subjects.cancel.clone()).await?;
+    let inquiries = Inquiries {
+        worker: worker.clone(),
+        cancels: runner.cancels(),
+        records: intake.records.clone(),
+        publisher: publisher.clone(),
+        tally: tallies.status.clone(),
+    };
+    let asked_of_all = client.subscribe(config.subjects.status.clone()).await?;
+    let asked_of_one =
+        client.queue_subscribe(config.subjects.status.clone(), config.queue_group.clone()).await?;
     parts.push(guarded(&broken, intake.clone().execute(source, engine_up.clone())));
     parts.push(guarded(&broken, intake.clone().run(run_requests, engine_up.clone())));
 
@@ -143,10 +160,19 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     spawn(Box::pin(watch_engine(backend.clone(), health, suspected, unfit_found)));
     spawn(Box::pin(reap(backend.clone(), engine_up.clone(), config.reap_interval)));
     spawn(Box::pin(intake.clone().cancel(cancellations)));
+    spawn(Box::pin(inquiries.clone().answer_for_own(asked_of_all)));
+    spawn(Box::pin(inquiries.answer_for_all(asked_of_one)));
+    let delivery = if durable.is_some() { "jetstream" } else { "core" };
+    let service = service(&config, &worker, delivery, &tallies, &intake);
+    let services = connection.clone();
+    spawn(Box::pin(async move {
+        if let Err(error) = service.answer(&services).await {
+            tracing::debug!(%error, "this service cannot be discovered");
+        }
+    }));
     // What is made ahead of time is for jobs to come.
     let (tended, draining) = (backend.clone(), shutdown.draining.clone());
     let tending = AbortOnDropHandle::new(tokio::spawn(async move { tended.tend(&draining).await }));
-    let delivery = if durable.is_some() { "jetstream" } else { "core" };
     let ready = announce(connection.clone(), engine_up.clone(), config.clone(), worker, delivery);
     spawn(Box::pin(ready));
     if let Some(Durable { jetstream, topology, .. }) = durable {
@@ -336,7 +362,7 @@ fn docker_options(config: &Config, worker: &str) -> docker::Options {
     }
 }
 
-fn runner_options(config: &Config, worker: &str) -> runner::Options {
+fn runner_options(config: &Config, worker: &str, tallies: &Tallies) -> runner::Options {
     runner::Options {
         worker: worker.to_owned(),
         policy: config.policy.clone(),
@@ -349,6 +375,50 @@ fn runner_options(config: &Config, worker: &str) -> runner::Options {
         stop_grace: config.stop_grace,
         kill_patience: config.engine_timeout,
         publish_timeout: config.publish_timeout,
+        runs: tallies.run.clone(),
+    }
+}
+
+/// How the endpoints fare.
+#[derive(Default)]
+struct Tallies {
+    run: Arc<Tally>,
+    cancel: Arc<Tally>,
+    status: Arc<Tally>,
+}
+
+/// What this instance is to whoever looks for NATS services.
+fn service(
+    config: &Config,
+    worker: &str,
+    delivery: &str,
+    tallies: &Tallies,
+    intake: &Intake,
+) -> Service {
+    let subjects = &config.subjects;
+    let endpoint =
+        |name, subject: &str, group: Option<&str>, schemas, tally: &Arc<Tally>| Endpoint {
+            name,
+            subject: subject.to_owned(),
+            queue_group: group.map(str::to_owned),
+            metadata: schemas,
+            tally: tally.clone(),
+        };
+    let group = Some(config.queue_group.as_str());
+    let (max_containers, jobs) = (config.max_containers, intake.jobs.clone());
+    Service {
+        id: worker.to_owned(),
+        metadata: BTreeMap::from([
+            ("delivery", delivery.to_owned()),
+            ("subject_prefix", subjects.prefix().to_owned()),
+        ]),
+        endpoints: vec![
+            endpoint("run", &subjects.run, group, schema::of_run(), &tallies.run),
+            endpoint("cancel", &subjects.cancel, None, schema::of_cancel(), &tallies.cancel),
+            endpoint("status", &subjects.status, group, schema::of_status(), &tallies.status),
+        ],
+        state: Box::new(move || json!({"max_containers": max_containers, "jobs": jobs.len()})),
+        started: SystemTime::now(),
     }
 }
 

@@ -64,6 +64,13 @@ impl Cancels {
         Registration { cancels: self.clone(), id: id.clone(), token }
     }
 
+    /// Whether the job runs here, and has no record.
+    #[must_use]
+    pub fn runs_unrecorded(&self, id: &JobId) -> bool {
+        let state = self.state();
+        state.running.get(id).is_some_and(|jobs| jobs.iter().any(|running| !running.recorded))
+    }
+
     /// Cancels the job if it runs here, and else keeps it from starting here for a while: as long as its
     /// request may wait in memory. Returns whether there is a record of it; nothing where it does not
     /// run here.

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use async_nats::{Subject, Subscriber};
 use bytes::Bytes;
@@ -14,9 +14,11 @@ use crate::admission::{Slot, Slots};
 use crate::health::{Health, down, up};
 use crate::job::{JobError, JobId, code};
 use crate::nats::Connection;
-use crate::protocol::Subjects;
+use crate::protocol::by_id;
 use crate::protocol::cancel::{self, Answer};
+use crate::publish::Publisher;
 use crate::runner::Runner;
+use crate::service::Tally;
 use crate::shutdown::Shutdown;
 use crate::source::core::{Once, received};
 use crate::source::{Delivery, Message, Source};
@@ -42,8 +44,10 @@ const CANCELLATIONS: usize = 8192;
 pub struct Intake {
     /// The connection.
     pub connection: Connection,
-    /// The subjects nobody may have answers sent to.
-    pub subjects: Subjects,
+    /// Who answers.
+    pub publisher: Publisher,
+    /// The cancellations that were answered.
+    pub cancellations: Arc<Tally>,
     /// Who runs what is taken.
     pub runner: Arc<Runner>,
     /// The slots.
@@ -184,11 +188,12 @@ impl Intake {
         let elsewhere = Arc::new(Semaphore::new(CANCELLATIONS));
         let others = TaskTracker::new();
         while let Some(message) = requests.next().await {
+            let asked = Instant::now();
             // What runs here is stopped without waiting for anything.
-            let id = match cancel::decode(&message.payload) {
+            let id = match by_id::decode(&message.payload) {
                 Ok(id) => id,
                 Err(error) => {
-                    self.answer_cancellation(message.reply, cancel::refusal(&error)).await;
+                    self.answer_cancellation(asked, message.reply, Err(error)).await;
                     continue;
                 }
             };
@@ -204,7 +209,7 @@ impl Intake {
             }
             if recorded == Some(false) {
                 let answer = cancel::answer(&id, &Answer::Stopping);
-                self.answer_cancellation(message.reply, answer).await;
+                self.answer_cancellation(asked, message.reply, Ok(answer)).await;
                 continue;
             }
             let Ok(place) = elsewhere.clone().try_acquire_owned() else {
@@ -212,13 +217,13 @@ impl Intake {
                     code::BUSY,
                     "too many cancellations are under way; try again later",
                 );
-                self.answer_cancellation(message.reply, cancel::refusal(&error)).await;
+                self.answer_cancellation(asked, message.reply, Err(error)).await;
                 continue;
             };
             let intake = self.clone();
             others.spawn(async move {
-                let runs_here = recorded.is_some();
-                intake.record_cancellation(id, asked_at, runs_here, message.reply).await;
+                let answer = intake.record_cancellation(id, asked_at, recorded.is_some()).await;
+                intake.answer_cancellation(asked, message.reply, answer).await;
                 drop(place);
             });
         }
@@ -231,39 +236,33 @@ impl Intake {
         id: JobId,
         asked_at: SystemTime,
         runs_here: bool,
-        reply: Option<Subject>,
-    ) {
+    ) -> Result<Bytes, JobError> {
         if !runs_here {
             tokio::time::sleep(OWNER_FIRST).await;
         }
-        let answer = match &self.records {
-            None => cancel::answer(&id, &Answer::WillNotStart),
-            Some(records) => {
-                let recorded = records.request_cancel(&id, asked_at);
-                match tokio::time::timeout(CANCEL_PATIENCE, recorded).await {
-                    // It was under way, though its function may not have begun.
-                    Ok(Answer::WillNotStart) if runs_here => cancel::answer(&id, &Answer::Stopping),
-                    Ok(answer) => cancel::answer(&id, &answer),
-                    Err(_) => cancel::refusal(&JobError::new(
-                        code::JETSTREAM_UNAVAILABLE,
-                        "JetStream did not take the cancellation in time; try again later",
-                    )),
-                }
-            }
+        let Some(records) = &self.records else {
+            return Ok(cancel::answer(&id, &Answer::WillNotStart));
         };
-        self.answer_cancellation(reply, answer).await;
+        let recorded = records.request_cancel(&id, asked_at);
+        match tokio::time::timeout(CANCEL_PATIENCE, recorded).await {
+            // It was under way, though its function may not have begun.
+            Ok(Answer::WillNotStart) if runs_here => Ok(cancel::answer(&id, &Answer::Stopping)),
+            Ok(answer) => Ok(cancel::answer(&id, &answer)),
+            Err(_) => Err(JobError::new(
+                code::JETSTREAM_UNAVAILABLE,
+                "JetStream did not take the cancellation in time; try again later",
+            )),
+        }
     }
 
-    async fn answer_cancellation(&self, to: Option<Subject>, answer: Bytes) {
-        let Some(to) = to else { return };
-        // The daemon may publish where those who cancel may not.
-        if let Err(why) = self.subjects.check_reply(&to) {
-            tracing::warn!(reply = ?to, %why, "no answer is sent there");
-            return;
-        }
-        if let Err(error) = self.connection.client.publish(to, answer).await {
-            tracing::warn!(%error, "could not answer a cancellation");
-        }
+    async fn answer_cancellation(
+        &self,
+        asked: Instant,
+        to: Option<Subject>,
+        answer: Result<Bytes, JobError>,
+    ) {
+        self.cancellations.observe(asked.elapsed(), answer.as_ref().err());
+        self.publisher.answer(to, &answer).await;
     }
 }
 

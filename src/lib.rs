@@ -28,6 +28,8 @@
 //! | [`source`] | where requests come from: a stream, or plain NATS |
 //! | [`intake`] | what is taken, when there is a slot for it; and cancellations |
 //! | [`admission`] | slots |
+//! | [`inquiry`] | what is answered to whoever asks for a job |
+//! | [`service`] | the daemon as a NATS service that can be discovered |
 //! | [`cancel`] | which jobs run here and can be cancelled |
 //! | [`backend`] | what runs a job; [`backend::docker`] is the one there is |
 //! | [`agent`] | the program that waits in a container, and how it is spoken to |
@@ -54,6 +56,7 @@ pub mod cli;
 pub mod config;
 pub mod failpoint;
 pub mod health;
+pub mod inquiry;
 pub mod intake;
 pub mod job;
 pub mod live;
@@ -63,6 +66,7 @@ pub mod protocol;
 pub mod publish;
 pub mod retry;
 pub mod runner;
+pub mod service;
 pub mod shutdown;
 pub mod source;
 pub mod stage;

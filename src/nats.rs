@@ -368,8 +368,15 @@ impl StateLog {
     }
 
     fn error(&self, error: &str) {
+        let is_denial = error.to_lowercase().contains("permissions violation");
+        if is_denial && error.contains("\"$SRV.") {
+            if self.is_news("$SRV") {
+                tracing::warn!(
+                    "this NATS user may not subscribe to $SRV.>: the service cannot be discovered"
+                );
+            }
         // The inbox in it is another one each time.
-        if error.to_lowercase().contains("permissions violation") && error.contains("_INBOX") {
+        } else if is_denial && error.contains("_INBOX") {
             if !self.inbox_denied.swap(true, Ordering::Relaxed) {
                 tracing::warn!(
                     error,
@@ -377,7 +384,7 @@ impl StateLog {
                 );
             }
         } else {
-            if error.to_lowercase().contains("permissions violation") && error.contains("$JS.API") {
+            if is_denial && error.contains("$JS.API") {
                 self.api_denied.store(true, Ordering::Relaxed);
             }
             if !self.is_news(error) {

@@ -17,7 +17,7 @@ use crate::nats::Connection;
 use crate::protocol::dead_letter::{DeadLetter, Undelivered, dead_letter};
 use crate::protocol::outcome::ResultMessage;
 use crate::protocol::record::Record;
-use crate::protocol::{Subjects, headers, outcome};
+use crate::protocol::{Subjects, by_id, headers, outcome};
 use crate::retry::Backoff;
 use crate::source::Message;
 use crate::topology::Topology;
@@ -200,6 +200,29 @@ impl Publisher {
             if let Err(error) = published {
                 tracing::error!(%job, reply, %error, "could not reply");
             }
+        }
+    }
+
+    /// Answers a request that is not about running a job. A `refusal` is also told in the headers
+    /// that clients of NATS services look at.
+    ///
+    /// Nothing is sent where the daemon may publish and its callers may not.
+    pub async fn answer(&self, to: Option<Subject>, answer: &Result<Bytes, JobError>) {
+        let Some(to) = to else { return };
+        if let Err(why) = self.subjects.check_reply(&to) {
+            tracing::warn!(reply = ?to, %why, "no answer is sent there");
+            return;
+        }
+        let client = &self.connection.client;
+        let published = match answer {
+            Ok(answer) => client.publish(to, answer.clone()).await,
+            Err(error) => {
+                let headers = header_map(headers::of_refusal(error));
+                client.publish_with_headers(to, headers, by_id::refusal(error)).await
+            }
+        };
+        if let Err(error) = published {
+            tracing::warn!(%error, "could not answer a request");
         }
     }
 

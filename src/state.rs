@@ -79,6 +79,11 @@ pub enum Outlook {
     Unknown,
 }
 
+/// JetStream does not say what there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("JetStream does not answer")]
+pub struct Unread;
+
 /// Another worker has claimed the job since.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("another worker has taken the job over")]
@@ -186,6 +191,14 @@ impl Records {
             Ok(false) => Outlook::Open,
             Ok(true) | Err(()) => Outlook::Unknown,
         }
+    }
+
+    /// The record of a job, if there is one.
+    ///
+    /// # Errors
+    /// JetStream does not answer.
+    pub async fn get(&self, id: &JobId) -> Result<Option<Record>, Unread> {
+        self.read(id).await.map(|kept| kept.record).map_err(|()| Unread)
     }
 
     /// Asks for a job to be cancelled, wherever it is. Waits for JetStream for as long as it takes. A

@@ -1,6 +1,6 @@
 //! The headers of a message on the results subject.
 
-use crate::job::{JobId, ObjectRef, Outcome};
+use crate::job::{JobError, JobId, ObjectRef, Outcome, code};
 
 /// The job's id.
 pub const JOB_ID: &str = "Job-Id";
@@ -32,6 +32,23 @@ pub const END: &str = "End";
 pub const DROPPED_BYTES: &str = "Dropped-Bytes";
 /// What NATS deduplicates by: the job's id.
 pub const NATS_MSG_ID: &str = "Nats-Msg-Id";
+
+/// Of a refusal by a NATS service: its message, and its code in the manner of HTTP (ADR-32 of
+/// nats-architecture-and-design).
+pub const SERVICE_ERROR: &str = "Nats-Service-Error";
+/// See [`SERVICE_ERROR`].
+pub const SERVICE_ERROR_CODE: &str = "Nats-Service-Error-Code";
+
+/// The headers of the refusal of a request that is not about running a job.
+#[must_use]
+pub fn of_refusal(error: &JobError) -> Vec<(&'static str, String)> {
+    let number = match error.code.as_ref() {
+        code::JOB_UNKNOWN => 404,
+        code::BUSY | code::JETSTREAM_UNAVAILABLE => 503,
+        _ => 400,
+    };
+    vec![(SERVICE_ERROR, one_line(&error.message)), (SERVICE_ERROR_CODE, number.to_string())]
+}
 
 /// The headers of `outcome`, in order. Every value is one line of printable text.
 #[must_use]

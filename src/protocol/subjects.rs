@@ -15,6 +15,8 @@ pub struct Subjects {
     pub results: String,
     /// Ids of jobs to stop.
     pub cancel: String,
+    /// Ids of jobs to tell of.
+    pub status: String,
     /// What could not be run.
     pub dead_letters: String,
 }
@@ -44,6 +46,7 @@ impl Subjects {
             run: subject("run"),
             results: subject("results"),
             cancel: subject("cancel"),
+            status: subject("status"),
             dead_letters: subject("dead_letters"),
         }
     }

@@ -130,6 +130,7 @@ impl Runner {
         record: &mut Record,
     ) {
         self.publisher.publish(outcome, &context.route, &self.shutdown.stopping).await;
+        self.tally(outcome, context);
         // That a worker was told to stop is no reason: whoever sent it is told to send it again.
         if let Some(error) = &outcome.error
             && is_dead(outcome.status)

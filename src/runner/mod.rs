@@ -27,6 +27,7 @@ use crate::objects::Objects;
 use crate::protocol::{Refusal, Request, Subjects, request};
 use crate::publish::{Publisher, Route};
 use crate::retry::Backoff;
+use crate::service::Tally;
 use crate::shutdown::Shutdown;
 use crate::source::{Delivery, JOB_TTL, Message, REQUEST_OBJECT, Settle, expiry};
 use crate::state::{Opened, Records};
@@ -81,6 +82,8 @@ pub struct Options {
     pub kill_patience: Duration,
     /// How long publishing may delay the clean-up.
     pub publish_timeout: Duration,
+    /// The `run` requests that were answered.
+    pub runs: Arc<Tally>,
 }
 
 /// Runs deliveries on a backend. Shared by all jobs of an instance.
@@ -217,6 +220,7 @@ impl Runner {
         self.report(&outcome);
         let publish = async {
             self.publisher.publish(&outcome, &context.route, &self.shutdown.stopping).await;
+            self.tally(&outcome, &context);
             if outcome.status == Status::Rejected
                 && let Some(error) = &outcome.error
             {
@@ -376,6 +380,15 @@ impl Runner {
     }
 
     /// One log line for one outcome.
+    /// Counts the answer to a `run` request.
+    fn tally(&self, outcome: &Outcome, context: &Context) {
+        if context.message.subject == self.options.subjects.run {
+            let at_fault = matches!(outcome.status, Status::Rejected | Status::Error);
+            let error = outcome.error.as_ref().filter(|_| at_fault);
+            self.options.runs.observe(context.message.received.elapsed(), error);
+        }
+    }
+
     fn report(&self, outcome: &Outcome) {
         let error = outcome.error.as_ref().map(tracing::field::display);
         let exit_code = outcome.exit_code;

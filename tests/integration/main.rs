@@ -29,6 +29,7 @@ mod records;
 mod requests;
 mod retries;
 mod servers;
+mod service;
 mod settings;
 mod support;
 mod warm;
