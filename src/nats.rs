@@ -139,24 +139,7 @@ impl Connection {
                 let log = log.clone();
                 async move { log.observe(&event) }
             });
-        if let Some(path) = &settings.creds_file {
-            options = options.credentials_file(path).await.map_err(ConnectError::Credentials)?;
-        }
-        if let Some(seed) = &settings.nkey_seed {
-            options = options.nkey(seed.expose().to_owned());
-        }
-        if let Some((user, password)) = &settings.user {
-            options = options.user_and_password(user.clone(), password.expose().to_owned());
-        }
-        if let Some(token) = &settings.token {
-            options = options.token(token.expose().to_owned());
-        }
-        if let Some(ca) = &settings.tls_ca {
-            options = options.add_root_certificates(ca.clone()).require_tls(true);
-        }
-        if let Some((cert, key)) = &settings.tls_client {
-            options = options.add_client_certificate(cert.clone(), key.clone()).require_tls(true);
-        }
+        options = identified(options, settings).await?;
         let client = options.connect(servers).await?;
         Ok(Self { client, connected, lost, inbox_denied, api_denied })
     }
@@ -299,6 +282,35 @@ impl Connection {
             tracing::warn!("NATS did not confirm the last messages");
         }
     }
+}
+
+/// `options` with what these settings say of who connects, and of TLS.
+///
+/// # Errors
+/// The credentials' file holds none.
+pub(crate) async fn identified(
+    mut options: ConnectOptions,
+    settings: &config::Nats,
+) -> Result<ConnectOptions, ConnectError> {
+    if let Some(path) = &settings.creds_file {
+        options = options.credentials_file(path).await.map_err(ConnectError::Credentials)?;
+    }
+    if let Some(seed) = &settings.nkey_seed {
+        options = options.nkey(seed.expose().to_owned());
+    }
+    if let Some((user, password)) = &settings.user {
+        options = options.user_and_password(user.clone(), password.expose().to_owned());
+    }
+    if let Some(token) = &settings.token {
+        options = options.token(token.expose().to_owned());
+    }
+    if let Some(ca) = &settings.tls_ca {
+        options = options.add_root_certificates(ca.clone()).require_tls(true);
+    }
+    if let Some((cert, key)) = &settings.tls_client {
+        options = options.add_client_certificate(cert.clone(), key.clone()).require_tls(true);
+    }
+    Ok(options)
 }
 
 /// Turns the client's events into one log line per change of state.

@@ -265,6 +265,14 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
+impl ConfigError {
+    /// What was wrong: the setting's name, a colon, and why.
+    #[must_use]
+    pub fn problems(&self) -> &[String] {
+        &self.problems
+    }
+}
+
 /// The settings as text, before they mean anything. A field per setting, by its name.
 #[derive(Default, Deserialize)]
 #[cfg_attr(test, derive(serde::Serialize))]
@@ -338,6 +346,72 @@ struct Raw {
     home: Option<String>,
 }
 
+impl Raw {
+    /// Of all variables those that are settings. An empty one is an unset one.
+    fn from_vars(vars: impl IntoIterator<Item = (String, String)>) -> Result<Self, ConfigError> {
+        let ours = vars.into_iter().filter(|(name, value)| {
+            let ours = name == "HOME" || settings::SETTINGS.iter().any(|s| s.name == name);
+            ours && !value.trim().is_empty()
+        });
+        envy::from_iter(ours).map_err(|e| ConfigError { problems: vec![e.to_string()] })
+    }
+}
+
+impl Nats {
+    /// Reads how NATS is reached, and under which subjects, and nothing else: a client needs no
+    /// other setting to be right.
+    ///
+    /// # Errors
+    /// Names every setting of these that is wrong, with what was expected.
+    pub fn from_vars(
+        vars: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<(Self, Subjects), ConfigError> {
+        let mut raw = Raw::from_vars(vars)?;
+        let mut problems = Problems::default();
+        let nats = Self::from_raw(&mut raw, &mut problems);
+        let prefix = problems.subject("SUBJECT_PREFIX", raw.subject_prefix);
+        match problems.into_lines() {
+            lines if lines.is_empty() => Ok((nats, Subjects::new(&prefix))),
+            problems => Err(ConfigError { problems }),
+        }
+    }
+
+    fn from_raw(raw: &mut Raw, p: &mut Problems) -> Self {
+        let Servers { servers, user: url_user, token: url_token } =
+            p.servers("NATS_URL", raw.nats_url.take());
+        let url_has_secret = url_user.is_some() || url_token.is_some();
+        let nats = Nats {
+            servers,
+            creds_file: p.creds_file("NATS_CREDS_FILE", raw.nats_creds_file.take()),
+            nkey_seed: p.nkey_seed("NATS_NKEY_SEED_FILE", raw.nats_nkey_seed_file.take()),
+            user: p
+                .pair("NATS_USER", raw.nats_user.take(), "NATS_PASSWORD", raw.nats_password.take())
+                .map(|(user, password)| (user, Secret::new(password))),
+            token: raw.nats_token.take().map(Secret::new),
+            tls_ca: p.certificates("NATS_TLS_CA", raw.nats_tls_ca.take()),
+            tls_client: p
+                .pair(
+                    "NATS_TLS_CERT",
+                    raw.nats_tls_cert.take(),
+                    "NATS_TLS_KEY",
+                    raw.nats_tls_key.take(),
+                )
+                .and_then(|(cert, key)| {
+                    let cert = p.certificates("NATS_TLS_CERT", Some(cert));
+                    cert.zip(p.private_key("NATS_TLS_KEY", Some(key)))
+                }),
+        };
+        p.at_most_one(&[
+            ("NATS_CREDS_FILE", nats.creds_file.is_some()),
+            ("NATS_NKEY_SEED_FILE", nats.nkey_seed.is_some()),
+            ("NATS_USER", nats.user.is_some()),
+            ("NATS_TOKEN", nats.token.is_some()),
+            ("a user or token in NATS_URL", url_has_secret),
+        ]);
+        Self { user: nats.user.or(url_user), token: nats.token.or(url_token), ..nats }
+    }
+}
+
 impl Config {
     /// Reads the settings from the process' environment.
     ///
@@ -358,12 +432,7 @@ impl Config {
     pub fn from_vars(
         vars: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, ConfigError> {
-        let ours = vars.into_iter().filter(|(name, value)| {
-            let ours = name == "HOME" || settings::SETTINGS.iter().any(|s| s.name == name);
-            ours && !value.trim().is_empty()
-        });
-        let raw: Raw =
-            envy::from_iter(ours).map_err(|e| ConfigError { problems: vec![e.to_string()] })?;
+        let raw = Raw::from_vars(vars)?;
         let mut problems = Problems::default();
         let config = Self::from_raw(raw, &mut problems);
         match problems.into_lines() {
@@ -374,34 +443,8 @@ impl Config {
 
     /// Every field gets a value, the default's where the given one is wrong, so that one pass
     /// finds all problems. The result counts only where there is none.
-    fn from_raw(raw: Raw, p: &mut Problems) -> Self {
-        let Servers { servers, user: url_user, token: url_token } =
-            p.servers("NATS_URL", raw.nats_url);
-        let url_has_secret = url_user.is_some() || url_token.is_some();
-        let nats = Nats {
-            servers,
-            creds_file: p.creds_file("NATS_CREDS_FILE", raw.nats_creds_file),
-            nkey_seed: p.nkey_seed("NATS_NKEY_SEED_FILE", raw.nats_nkey_seed_file),
-            user: p
-                .pair("NATS_USER", raw.nats_user, "NATS_PASSWORD", raw.nats_password)
-                .map(|(user, password)| (user, Secret::new(password))),
-            token: raw.nats_token.map(Secret::new),
-            tls_ca: p.certificates("NATS_TLS_CA", raw.nats_tls_ca),
-            tls_client: p
-                .pair("NATS_TLS_CERT", raw.nats_tls_cert, "NATS_TLS_KEY", raw.nats_tls_key)
-                .and_then(|(cert, key)| {
-                    let cert = p.certificates("NATS_TLS_CERT", Some(cert));
-                    cert.zip(p.private_key("NATS_TLS_KEY", Some(key)))
-                }),
-        };
-        p.at_most_one(&[
-            ("NATS_CREDS_FILE", nats.creds_file.is_some()),
-            ("NATS_NKEY_SEED_FILE", nats.nkey_seed.is_some()),
-            ("NATS_USER", nats.user.is_some()),
-            ("NATS_TOKEN", nats.token.is_some()),
-            ("a user or token in NATS_URL", url_has_secret),
-        ]);
-        let nats = Nats { user: nats.user.or(url_user), token: nats.token.or(url_token), ..nats };
+    fn from_raw(mut raw: Raw, p: &mut Problems) -> Self {
+        let nats = Nats::from_raw(&mut raw, p);
         let docker_dir = raw.docker_config.map(PathBuf::from);
         let docker_dir = docker_dir.or_else(|| Some(PathBuf::from(raw.home?).join(".docker")));
         let host = p.docker_host("DOCKER_HOST", raw.docker_host);
