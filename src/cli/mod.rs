@@ -7,7 +7,32 @@ use std::path::PathBuf;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+mod answer;
+mod cancel;
+mod client;
+mod context;
+mod exit;
+mod follow;
 mod generate;
+mod hand_in;
+mod input;
+mod interrupt;
+mod live;
+mod options;
+mod parse;
+mod print;
+mod progress;
+mod records;
+mod request;
+mod result;
+mod run;
+mod status;
+
+pub use cancel::Cancel;
+pub use options::ConnectOptions;
+pub use result::ResultOf;
+pub use run::Run;
+pub use status::Status;
 
 /// Runs containerised functions that are requested over NATS.
 #[derive(Debug, Parser)]
@@ -26,6 +51,23 @@ pub struct Cli {
 pub enum Command {
     /// Be the daemon: take requests and run them. The same as no subcommand.
     Serve,
+    /// Run a command in a container, and end as it ends.
+    ///
+    /// Its output comes while it runs. The exit code is the command's own; 124 when its time was
+    /// over, 125 when it could not be run, 126 when the command cannot be executed, 127 when it is
+    /// not there, 130 after Ctrl-C, which cancels the job. Ctrl-C again leaves at once.
+    Run(Box<Run>),
+    /// Say where a job is, and what became of it.
+    Status(Status),
+    /// Print what a job printed.
+    ///
+    /// Both streams together, as they arrived; where one of them is too big for a message, all of
+    /// standard output and then all of standard error.
+    Result(ResultOf),
+    /// Stop jobs, queued or running.
+    ///
+    /// The exit code is 0 if each of them is being stopped or will not start.
+    Cancel(Cancel),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -58,7 +100,24 @@ impl Command {
             Self::Completions { shell } => generate::completions(shell, &mut Cli::command()),
             Self::Schema { of, subject_prefix } => generate::specification(of, &subject_prefix),
             Self::Man { directory } => generate::manual(&Cli::command(), &directory),
+            Self::Run(command) => client(async { Ok(command.run().await) }),
+            Self::Status(command) => client(command.run()),
+            Self::Result(command) => client(command.run()),
+            Self::Cancel(command) => client(command.run()),
         }
+    }
+}
+
+/// Does what takes a connection.
+fn client(command: impl Future<Output = anyhow::Result<u8>>) -> anyhow::Result<u8> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let code = runtime.block_on(command);
+    // Somebody may still be asked for input, or for a host's address: nobody waits for that.
+    runtime.shutdown_background();
+    match code {
+        // Whoever read what was printed has enough.
+        Err(error) if error.is::<print::Closed>() => Ok(exit::BROKEN_PIPE),
+        code => code,
     }
 }
 
