@@ -102,7 +102,8 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
-    use crate::protocol::cancel::{Answer, answer, decode, refusal};
+    use crate::protocol::by_id::{decode, refusal};
+    use crate::protocol::cancel::{Answer, answer};
 
     #[test]
     fn the_daemons_answers_are_understood() {
