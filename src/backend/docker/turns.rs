@@ -42,6 +42,11 @@ impl Turns {
         Creating(self)
     }
 
+    /// Whether a job waits for a creation just now.
+    pub(super) fn is_busy(&self) -> bool {
+        *self.creating.borrow() > 0
+    }
+
     /// Waits until nobody waits for a creation: what is made ahead of time comes after it. Not for
     /// ever, or what makes jobs start sooner would never be made where it is needed most.
     pub(super) async fn spare_moment(&self) {

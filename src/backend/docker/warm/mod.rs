@@ -266,7 +266,7 @@ impl Pool {
         loop {
             self.look_after();
             while creations.len() < CREATIONS
-                && let Some((key, pattern, image)) = self.next_creation()
+                && let Some((key, pattern, image)) = self.next_creation(shared.turns.is_busy())
             {
                 let shared = shared.clone();
                 creations.spawn(async move {
@@ -337,14 +337,14 @@ impl Pool {
     }
 
     /// What to make now, if there is anything to make. Makes room for it.
-    fn next_creation(&self) -> Option<(Key, Job, Arc<Image>)> {
+    fn next_creation(&self, busy: bool) -> Option<(Key, Job, Arc<Image>)> {
         let mut kinds = self.kinds();
         loop {
             let now = Instant::now();
             let keys: Vec<Key> = kinds.keys().cloned().collect();
             let views: Vec<View> =
                 keys.iter().filter_map(|key| Some(kinds.get(key)?.view(now))).collect();
-            match next_step(&views, self.options.containers, now) {
+            match next_step(&views, self.options.containers, busy, now) {
                 Step::Rest => return None,
                 Step::Create(at) => {
                     let key = keys.get(at)?.clone();

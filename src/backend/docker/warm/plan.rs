@@ -48,8 +48,10 @@ pub(super) enum Step {
 
 /// The next step of a pool of at most `capacity` containers.
 ///
-/// What was used last comes first, what was not used for longest goes first.
-pub(super) fn next_step(kinds: &[View], capacity: usize, now: Instant) -> Step {
+/// What was used last comes first, what was not used for longest goes first. While the engine is
+/// `busy` with jobs that wait for a container, none is thrown away that could still serve one: to
+/// replace it takes as much as the job's own would.
+pub(super) fn next_step(kinds: &[View], capacity: usize, busy: bool, now: Instant) -> Step {
     if let Some(at) = kinds.iter().position(|kind| kind.idle > 0 && kind.have() > kind.want) {
         return Step::Evict(at);
     }
@@ -69,7 +71,7 @@ pub(super) fn next_step(kinds: &[View], capacity: usize, now: Instant) -> Step {
         let has_enough = kind.have() > newcomer.have() + 1 || newcomer.have() == 0;
         kind.idle > 0
             && kind.have() > kind.floor
-            && (is_needier || (is_later && (has_enough || unused >= QUIET)))
+            && (is_needier || (!busy && is_later && (has_enough || unused >= QUIET)))
     };
     let victims = kinds.iter().enumerate().filter(|(i, kind)| *i != at && gives_way(kind));
     victims
@@ -94,52 +96,60 @@ mod tests {
     #[test]
     fn what_is_missing_is_made_the_latest_first() {
         let now = Instant::now() + Duration::from_secs(1000);
-        assert_eq!(next_step(&[], 5, now), Step::Rest);
-        assert_eq!(next_step(&[kind(1, 1, 0, now)], 5, now), Step::Rest);
+        assert_eq!(next_step(&[], 5, false, now), Step::Rest);
+        assert_eq!(next_step(&[kind(1, 1, 0, now)], 5, false, now), Step::Rest);
         let two = [kind(0, 1, 3, now), kind(0, 1, 2, now)];
-        assert_eq!(next_step(&two, 5, now), Step::Create(1));
+        assert_eq!(next_step(&two, 5, false, now), Step::Create(1));
         let making = View { creating: 1, ..two[1] };
-        assert_eq!(next_step(&[two[0], making], 5, now), Step::Create(0));
+        assert_eq!(next_step(&[two[0], making], 5, false, now), Step::Create(0));
         let pinned = View { floor: 1, last_used: None, ..two[0] };
-        assert_eq!(next_step(&[two[1], pinned], 5, now), Step::Create(1));
+        assert_eq!(next_step(&[two[1], pinned], 5, false, now), Step::Create(1));
         let failing = View { can_create: false, ..two[1] };
-        assert_eq!(next_step(&[two[0], failing], 5, now), Step::Create(0));
+        assert_eq!(next_step(&[two[0], failing], 5, false, now), Step::Create(0));
     }
 
     #[test]
     fn no_more_are_made_than_there_is_room_for() {
         let now = Instant::now() + Duration::from_secs(1000);
         let full = View { creating: 1, ..kind(4, 9, 0, now) };
-        assert_eq!(next_step(&[full], 5, now), Step::Rest);
-        assert_eq!(next_step(&[full], 6, now), Step::Create(0));
+        assert_eq!(next_step(&[full], 5, false, now), Step::Rest);
+        assert_eq!(next_step(&[full], 6, false, now), Step::Create(0));
     }
 
     #[test]
     fn the_least_recently_used_gives_way() {
         let now = Instant::now() + Duration::from_secs(1000);
         let (old, older) = (kind(1, 1, 20, now), kind(1, 1, 30, now));
-        assert_eq!(next_step(&[old, older, kind(0, 1, 0, now)], 2, now), Step::Evict(1));
+        assert_eq!(next_step(&[old, older, kind(0, 1, 0, now)], 2, false, now), Step::Evict(1));
+        // Not while jobs wait for containers, but for an image that is kept warm.
+        let newcomer = kind(0, 1, 0, now);
+        assert_eq!(next_step(&[old, older, newcomer], 2, true, now), Step::Rest);
+        let needy = View { floor: 1, ..newcomer };
+        assert_eq!(next_step(&[old, older, needy], 2, true, now), Step::Evict(1));
         // Not one that is in use.
         let busy = kind(1, 1, 2, now);
-        assert_eq!(next_step(&[busy, kind(0, 1, 0, now)], 1, now), Step::Rest);
+        assert_eq!(next_step(&[busy, kind(0, 1, 0, now)], 1, false, now), Step::Rest);
         // Not the last one of an image that is kept warm.
         let pinned = View { floor: 1, ..older };
-        assert_eq!(next_step(&[old, pinned, kind(0, 1, 0, now)], 2, now), Step::Evict(0));
-        assert_eq!(next_step(&[pinned, kind(0, 1, 0, now)], 1, now), Step::Rest);
+        assert_eq!(next_step(&[old, pinned, kind(0, 1, 0, now)], 2, false, now), Step::Evict(0));
+        assert_eq!(next_step(&[pinned, kind(0, 1, 0, now)], 1, false, now), Step::Rest);
         let surplus = View { floor: 1, ..kind(3, 5, 30, now) };
-        assert_eq!(next_step(&[surplus, kind(0, 1, 0, now)], 3, now), Step::Evict(0));
+        assert_eq!(next_step(&[surplus, kind(0, 1, 0, now)], 3, false, now), Step::Evict(0));
         // Not for a kind that has as much already, unless it is all but forgotten.
-        assert_eq!(next_step(&[older, kind(1, 2, 0, now)], 2, now), Step::Rest);
-        assert_eq!(next_step(&[kind(1, 1, 90, now), kind(1, 2, 0, now)], 2, now), Step::Evict(0));
+        assert_eq!(next_step(&[older, kind(1, 2, 0, now)], 2, false, now), Step::Rest);
+        assert_eq!(
+            next_step(&[kind(1, 1, 90, now), kind(1, 2, 0, now)], 2, false, now),
+            Step::Evict(0)
+        );
     }
 
     #[test]
     fn what_nobody_wants_any_more_goes() {
         let now = Instant::now() + Duration::from_secs(1000);
-        assert_eq!(next_step(&[kind(1, 0, 1, now)], 5, now), Step::Evict(0));
+        assert_eq!(next_step(&[kind(1, 0, 1, now)], 5, false, now), Step::Evict(0));
         // One that is being made is looked at once it is there.
         let making = View { idle: 0, creating: 1, ..kind(0, 0, 1, now) };
-        assert_eq!(next_step(&[making], 5, now), Step::Rest);
+        assert_eq!(next_step(&[making], 5, false, now), Step::Rest);
     }
 
     #[test]
@@ -148,16 +158,16 @@ mod tests {
         let mut kinds: Vec<View> =
             (0..50).map(|n| kind(0, 1 + n % 3, 100 - u64::try_from(n).unwrap_or(0), now)).collect();
         for _ in 0..100 {
-            match next_step(&kinds, 10, now) {
+            match next_step(&kinds, 10, false, now) {
                 Step::Create(at) => kinds[at].idle += 1,
                 Step::Evict(at) => kinds[at].idle -= 1,
                 Step::Rest => break,
             }
             assert!(kinds.iter().map(View::have).sum::<usize>() <= 10);
         }
-        assert_eq!(next_step(&kinds, 10, now), Step::Rest);
+        assert_eq!(next_step(&kinds, 10, false, now), Step::Rest);
         assert_eq!(kinds.iter().map(View::have).sum::<usize>(), 10);
         now += Duration::from_secs(1);
-        assert_eq!(next_step(&kinds, 10, now), Step::Rest);
+        assert_eq!(next_step(&kinds, 10, false, now), Step::Rest);
     }
 }
