@@ -23,6 +23,16 @@ pub enum Health {
     Up,
     /// It does not.
     Down,
+    /// It answers, and cannot do what is asked of it.
+    Unfit,
+}
+
+impl Health {
+    /// Whether it is known that nothing can be run.
+    #[must_use]
+    pub fn is_away(self) -> bool {
+        matches!(self, Self::Down | Self::Unfit)
+    }
 }
 
 /// Waits until the engine is there.
@@ -65,13 +75,16 @@ pub async fn watch_engine(
                     // Nobody to hear it is the daemon's end, too.
                     let _ = unfit.send(why.clone());
                 }
-                if *health.borrow() != Health::Down {
+                if !health.borrow().is_away() {
                     tracing::warn!(%error, "the container engine is away; requests wait");
                 }
-                Health::Down
+                match error {
+                    PreflightError::Unavailable(_) => Health::Down,
+                    PreflightError::Unfit(_) => Health::Unfit,
+                }
             }
         };
-        if health.send_replace(now) == Health::Down && now == Health::Up {
+        if health.send_replace(now).is_away() && now == Health::Up {
             tracing::info!("the container engine is back");
         }
         failures = if now == Health::Up { 0 } else { failures + 1 };
