@@ -1,5 +1,7 @@
 //! The wiring: the only place that knows every part.
 
+mod observed;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,11 +25,13 @@ use crate::runner::{self, Runner};
 use crate::shutdown::{Shutdown, Signals};
 use crate::source::buffer::Limits;
 use crate::source::core::CoreSource;
+use crate::source::depth::watch_depth;
 use crate::source::jetstream::JetStreamSource;
 use crate::source::{self, Source};
 use crate::state::Records;
 use crate::topology::{self, SetupError, Topology};
 use crate::undertaker::Undertaker;
+use observed::Observed;
 
 /// Beyond the stopped functions' own grace and what they print: time to remove and to flush.
 const LAST_RITES: Duration = Duration::from_secs(10);
@@ -46,6 +50,15 @@ const SUBSCRIPTION_SLACK: usize = 4096;
 /// # Errors
 /// The parts cannot be put together; nothing was taken from NATS.
 pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
+    let (shutdown, broken) = (Shutdown::default(), CancellationToken::new());
+    // First of all: whoever watches sees the start, too.
+    let observed = match Observed::open(config.http_addr, &shutdown, &broken).await {
+        Ok(observed) => observed,
+        Err(error) => {
+            tracing::error!("{error}");
+            return Ok(EX_CONFIG);
+        }
+    };
     crate::protocol::request::warm_up();
     let worker = instance_name();
     let backend: Arc<dyn Backend> = match Docker::new(docker_options(&config, &worker)) {
@@ -55,10 +68,16 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
             return Ok(EX_CONFIG);
         }
     };
-    // An engine that cannot do what the settings ask for is a bad setting; one that is away is not.
-    if let Err(PreflightError::Unfit(why)) = backend.preflight().await {
-        tracing::error!("{why}");
-        return Ok(EX_CONFIG);
+    let (health, engine_up) = watch::channel(Health::Unknown);
+    observed.engine(backend.clone(), engine_up.clone());
+    match backend.preflight().await {
+        Ok(()) => drop(health.send_replace(Health::Up)),
+        // An engine that cannot do what the settings ask for is a bad setting; one that is away is not.
+        Err(PreflightError::Unfit(why)) => {
+            tracing::error!("{why}");
+            return Ok(EX_CONFIG);
+        }
+        Err(PreflightError::Unavailable(_)) => {}
     }
 
     let subscription_capacity = config.buffer_messages.saturating_add(SUBSCRIPTION_SLACK);
@@ -69,7 +88,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
             return Ok(EX_CONFIG);
         }
     };
-    let shutdown = Shutdown::default();
+    observed.connection(&connection);
     let durable = tokio::select! {
         durable = durable(&connection, &config, &worker) => match durable {
             Ok(durable) => durable,
@@ -84,7 +103,8 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     let publisher = Publisher::new(connection.clone(), &config.subjects);
     let options = runner_options(&config, &worker);
     let mut runner =
-        Runner::new(backend.clone(), publisher.clone(), options, shutdown.clone(), suspicions);
+        Runner::new(backend.clone(), publisher.clone(), options, shutdown.clone(), suspicions)
+            .metered(observed.metrics.clone());
     if let Some(Durable { jetstream, topology, records, objects }) = &durable {
         let publisher = publisher.durable(jetstream.clone(), topology.clone());
         runner = runner.durable(publisher, records.clone(), objects.clone());
@@ -100,9 +120,9 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
         run_slot_timeout: config.run_slot_timeout,
         buffer_bytes: config.buffer_bytes,
         records: durable.as_ref().map(|durable| durable.records.clone()),
+        metrics: observed.metrics.clone(),
     };
-    let (health, engine_up) = watch::channel(Health::Unknown);
-    let broken = CancellationToken::new();
+    observed.slots(&intake.slots);
     let mut parts = Vec::new();
     let source: Box<dyn Source> = match &durable {
         Some(Durable { jetstream, topology, .. }) => Box::new(JetStreamSource::new(
@@ -121,6 +141,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
             )
             .await?;
             parts.push(guarded(&broken, intake.clone().answer_refused(refused)));
+            observed.buffer(source.buffer());
             Box::new(source)
         }
     };
@@ -147,9 +168,17 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     let (tended, draining) = (backend.clone(), shutdown.draining.clone());
     let tending = AbortOnDropHandle::new(tokio::spawn(async move { tended.tend(&draining).await }));
     let delivery = if durable.is_some() { "jetstream" } else { "core" };
-    let ready = announce(connection.clone(), engine_up.clone(), config.clone(), worker, delivery);
+    let started = observed.when_started();
+    let ready =
+        announce(connection.clone(), engine_up.clone(), config.clone(), worker, delivery, started);
     spawn(Box::pin(ready));
     if let Some(Durable { jetstream, topology, .. }) = durable {
+        if observed.is_open() {
+            let (depth, seen) = watch::channel(None);
+            observed.queue(seen);
+            let (connection, jetstream) = (connection.clone(), jetstream.clone());
+            spawn(Box::pin(watch_depth(connection, jetstream, topology.clone(), depth)));
+        }
         let undertaker = Undertaker {
             connection: connection.clone(),
             jetstream,
@@ -405,10 +434,12 @@ async fn announce(
     config: Config,
     worker: String,
     delivery: &'static str,
+    started: impl FnOnce(),
 ) {
     connection.connected().await;
     // The subscriptions have reached the server when this returns.
     connection.settle(config.publish_timeout).await;
+    started();
     up(&mut engine).await;
     tracing::info!(
         worker,
