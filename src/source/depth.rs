@@ -24,14 +24,19 @@ pub async fn watch_depth(
     depth: watch::Sender<Option<Depth>>,
 ) {
     loop {
-        let looked = tokio::select! {
-            looked = look(&jetstream, &topology) => looked,
-            // What was known before the connection broke is no news any more.
-            () = connection.broken(connection.epoch()) => None,
-        };
-        depth.send_replace(looked);
-        tokio::time::sleep(LOOK_INTERVAL).await;
         connection.connected().await;
+        let keep_looking = async {
+            loop {
+                depth.send_replace(look(&jetstream, &topology).await);
+                tokio::time::sleep(LOOK_INTERVAL).await;
+            }
+        };
+        tokio::select! {
+            () = keep_looking => {}
+            () = connection.broken(connection.epoch()) => {}
+        }
+        // What was known then is no news any more.
+        depth.send_replace(None);
     }
 }
 
