@@ -156,7 +156,7 @@ impl Page<'_> {
             self.counter("nats_dropped_messages", help, dropped)?;
         }
         self.gauge("slots", "Functions that may run at once", readings.slots)?;
-        let help = "Slots that a job has, from its begin to its container's removal";
+        let help = "Slots that a job has, until its container is gone";
         self.gauge("slots_used", help, readings.slots_used)?;
         let running = Some(get(&counts.running));
         self.gauge("jobs_running", "Functions that are being started or run", running)?;
