@@ -6,7 +6,7 @@ set -euo pipefail
 # shellcheck source=scripts/services.sh
 source "$(dirname "$0")/services.sh"
 
-PROGRAMS='dockerd|containerd|containerd-shim.*|docker-proxy|docker-init|runc|nats-server.*|docker-registry|worker-spawner.*|integration-.*'
+PROGRAMS='dockerd|containerd|containerd-shim.*|docker-proxy|docker-init|runc|nats-server.*|docker-registry|prometheus|worker-spawner.*|integration-.*'
 
 in_engine() {
     if ! engine_answers; then return; fi

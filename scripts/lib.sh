@@ -73,6 +73,7 @@ package_of() {
     dockerd) echo docker.io ;;
     busybox) echo busybox-static ;;
     htpasswd) echo apache2-utils ;;
+    promtool) echo prometheus ;;
     ip) echo iproute2 ;;
     ps | pgrep | pkill) echo procps ;;
     unshare | nsenter | flock | findmnt | setsid | setpriv | pivot_root) echo util-linux ;;
@@ -117,7 +118,7 @@ install_packages() {
 }
 
 # Debian starts a server when it is installed. Only the programs are wanted here.
-SERVICES_OF_PACKAGES=(docker.socket docker containerd nats-server docker-registry)
+SERVICES_OF_PACKAGES=(docker.socket docker containerd nats-server docker-registry prometheus)
 
 running_services() {
     local service

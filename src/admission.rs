@@ -9,6 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 #[derive(Clone, Debug)]
 pub struct Slots {
     semaphore: Arc<Semaphore>,
+    total: usize,
 }
 
 /// The right to run one function. Dropped when its container is gone, and not before.
@@ -21,7 +22,19 @@ impl Slots {
     /// `total` free slots.
     #[must_use]
     pub fn new(total: usize) -> Self {
-        Self { semaphore: Arc::new(Semaphore::new(total)) }
+        Self { semaphore: Arc::new(Semaphore::new(total)), total }
+    }
+
+    /// How many there are, free or not.
+    #[must_use]
+    pub fn total(&self) -> usize {
+        self.total
+    }
+
+    /// How many are taken just now.
+    #[must_use]
+    pub fn used(&self) -> usize {
+        self.total.saturating_sub(self.semaphore.available_permits())
     }
 
     /// Waits for a slot. Cancel-safe: a dropped wait takes none.

@@ -1,12 +1,13 @@
 //! The wiring: the only place that knows every part.
 
-use std::collections::BTreeMap;
+mod discovery;
+mod durable;
+mod observed;
+
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use async_nats::jetstream;
-use serde_json::json;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
@@ -14,33 +15,28 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use crate::admission::Slots;
 use crate::backend::docker::{self, Docker};
 use crate::backend::{Backend, PreflightError};
-use crate::config::{Config, Delivery, EX_CONFIG};
+use crate::config::{Config, EX_CONFIG};
 use crate::health::{Health, reap, up, watch_engine};
 use crate::inquiry::Inquiries;
 use crate::intake::Intake;
 use crate::nats::Connection;
-use crate::objects::Objects;
-use crate::protocol::schema;
 use crate::publish::Publisher;
-use crate::retry::Backoff;
 use crate::runner::{self, Runner};
-use crate::service::{Endpoint, Service, Tally};
 use crate::shutdown::{Shutdown, Signals};
 use crate::source::buffer::Limits;
 use crate::source::core::CoreSource;
+use crate::source::depth::watch_depth;
 use crate::source::jetstream::JetStreamSource;
 use crate::source::{self, Source};
-use crate::state::Records;
-use crate::topology::{self, SetupError, Topology};
 use crate::undertaker::Undertaker;
+use discovery::{Tallies, service};
+use durable::{Durable, durable};
+use observed::Observed;
 
 /// Beyond the stopped functions' own grace and what they print: time to remove and to flush.
 const LAST_RITES: Duration = Duration::from_secs(10);
 /// How long a forced end may take to kill and remove what still runs.
 const FORCED_RITES: Duration = Duration::from_secs(5);
-/// Delays between tries to set up durable delivery.
-const SETUP_RETRY: Backoff =
-    Backoff { first: Duration::from_millis(200), most: Duration::from_secs(5) };
 
 /// Room between the socket and the buffer, in messages: enough that the buffer decides what is
 /// refused, not the client library, which would drop silently.
@@ -51,6 +47,15 @@ const SUBSCRIPTION_SLACK: usize = 4096;
 /// # Errors
 /// The parts cannot be put together; nothing was taken from NATS.
 pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
+    let (shutdown, broken) = (Shutdown::default(), CancellationToken::new());
+    // First of all: whoever watches sees the start, too.
+    let observed = match Observed::open(config.http_addr, &shutdown, &broken).await {
+        Ok(observed) => observed,
+        Err(error) => {
+            tracing::error!("{error}");
+            return Ok(EX_CONFIG);
+        }
+    };
     crate::protocol::request::warm_up();
     let worker = instance_name();
     let backend: Arc<dyn Backend> = match Docker::new(docker_options(&config, &worker)) {
@@ -60,10 +65,16 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
             return Ok(EX_CONFIG);
         }
     };
-    // An engine that cannot do what the settings ask for is a bad setting; one that is away is not.
-    if let Err(PreflightError::Unfit(why)) = backend.preflight().await {
-        tracing::error!("{why}");
-        return Ok(EX_CONFIG);
+    let (health, engine_up) = watch::channel(Health::Unknown);
+    observed.engine(backend.clone(), engine_up.clone());
+    match backend.preflight().await {
+        Ok(()) => drop(health.send_replace(Health::Up)),
+        // An engine that cannot do what the settings ask for is a bad setting; one that is away is not.
+        Err(PreflightError::Unfit(why)) => {
+            tracing::error!("{why}");
+            return Ok(EX_CONFIG);
+        }
+        Err(PreflightError::Unavailable(_)) => {}
     }
 
     let subscription_capacity = config.buffer_messages.saturating_add(SUBSCRIPTION_SLACK);
@@ -74,7 +85,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
             return Ok(EX_CONFIG);
         }
     };
-    let shutdown = Shutdown::default();
+    observed.connection(&connection);
     let durable = tokio::select! {
         durable = durable(&connection, &config, &worker) => match durable {
             Ok(durable) => durable,
@@ -90,7 +101,8 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     let tallies = Tallies::default();
     let options = runner_options(&config, &worker, &tallies);
     let mut runner =
-        Runner::new(backend.clone(), publisher.clone(), options, shutdown.clone(), suspicions);
+        Runner::new(backend.clone(), publisher.clone(), options, shutdown.clone(), suspicions)
+            .metered(observed.metrics.clone());
     if let Some(Durable { jetstream, topology, records, objects }) = &durable {
         let publisher = publisher.clone().durable(jetstream.clone(), topology.clone());
         runner = runner.durable(publisher, records.clone(), objects.clone());
@@ -107,9 +119,9 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
         run_slot_timeout: config.run_slot_timeout,
         buffer_bytes: config.buffer_bytes,
         records: durable.as_ref().map(|durable| durable.records.clone()),
+        metrics: observed.metrics.clone(),
     };
-    let (health, engine_up) = watch::channel(Health::Unknown);
-    let broken = CancellationToken::new();
+    observed.slots(&intake.slots);
     let mut parts = Vec::new();
     let source: Box<dyn Source> = match &durable {
         Some(Durable { jetstream, topology, .. }) => Box::new(JetStreamSource::new(
@@ -128,6 +140,7 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
             )
             .await?;
             parts.push(guarded(&broken, intake.clone().answer_refused(refused)));
+            observed.buffer(source.buffer());
             Box::new(source)
         }
     };
@@ -173,9 +186,17 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     // What is made ahead of time is for jobs to come.
     let (tended, draining) = (backend.clone(), shutdown.draining.clone());
     let tending = AbortOnDropHandle::new(tokio::spawn(async move { tended.tend(&draining).await }));
-    let ready = announce(connection.clone(), engine_up.clone(), config.clone(), worker, delivery);
+    let started = observed.when_started();
+    let ready =
+        announce(connection.clone(), engine_up.clone(), config.clone(), worker, delivery, started);
     spawn(Box::pin(ready));
     if let Some(Durable { jetstream, topology, .. }) = durable {
+        if observed.is_open() {
+            let (depth, seen) = watch::channel(None);
+            observed.queue(seen);
+            let (connection, jetstream) = (connection.clone(), jetstream.clone());
+            spawn(Box::pin(watch_depth(connection, jetstream, topology.clone(), depth)));
+        }
         let undertaker = Undertaker {
             connection: connection.clone(),
             jetstream,
@@ -246,89 +267,6 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     Ok(exit_code)
 }
 
-/// What durable delivery is made of.
-struct Durable {
-    jetstream: jetstream::Context,
-    topology: Arc<Topology>,
-    records: Records,
-    objects: Option<Objects>,
-}
-
-/// Sets up durable delivery, or nothing where there is to be none. Waits for a server as long as it
-/// takes: what it offers decides.
-///
-/// # Errors
-/// The settings ask for what the server does not have.
-async fn durable(
-    connection: &Connection,
-    config: &Config,
-    worker: &str,
-) -> Result<Option<Durable>, SetupError> {
-    if config.delivery == Delivery::Core {
-        return Ok(None);
-    }
-    let jetstream = jetstream::context::ContextBuilder::new()
-        .timeout(topology::API_TIMEOUT)
-        .build(connection.client.clone());
-    let topology = Arc::new(Topology::new(
-        &config.subjects,
-        &config.queue_group,
-        &config.streams,
-        config.max_attempts + source::jetstream::SPARE_DELIVERIES,
-        config.object_limit > 0,
-    ));
-    let mut failures = 0;
-    loop {
-        connection.connected().await;
-        match set_up(connection, config, worker, &jetstream, &topology).await {
-            Ok(durable) => return Ok(Some(durable)),
-            Err(SetupError::Unavailable(why)) if !connection.api_denied() => {
-                failures += 1;
-                if failures == 1 {
-                    tracing::warn!(why, "JetStream does not answer yet; trying on");
-                }
-                tokio::time::sleep(SETUP_RETRY.delay(failures)).await;
-            }
-            Err(SetupError::Unavailable(_)) if config.delivery == Delivery::JetStream => {
-                let why =
-                    "this NATS user may not publish to $JS.API.>: grant it, or connect as another";
-                return Err(SetupError::Absent(why.to_owned()));
-            }
-            Err(error @ SetupError::Unfit(_)) => return Err(error),
-            Err(error) if config.delivery == Delivery::JetStream => return Err(error),
-            Err(error) => {
-                tracing::warn!(
-                    %error,
-                    "no JetStream: requests are delivered by plain NATS, and those that wait in this daemon are lost with it"
-                );
-                return Ok(None);
-            }
-        }
-    }
-}
-
-async fn set_up(
-    connection: &Connection,
-    config: &Config,
-    worker: &str,
-    jetstream: &jetstream::Context,
-    topology: &Arc<Topology>,
-) -> Result<Durable, SetupError> {
-    topology.ensure(jetstream).await?;
-    let records =
-        Records::new(connection.clone(), jetstream.clone(), topology.clone(), worker.to_owned());
-    let records = records.await?;
-    let objects = if config.object_limit > 0 {
-        let bucket = &topology.names.objects;
-        let store = jetstream.get_object_store(bucket).await;
-        let store = store.map_err(|e| SetupError::Unavailable(e.to_string()))?;
-        Some(Objects::new(jetstream.clone(), store, bucket.clone(), config.object_limit))
-    } else {
-        None
-    };
-    Ok(Durable { jetstream: jetstream.clone(), topology: topology.clone(), records, objects })
-}
-
 fn source_options(config: &Config) -> source::jetstream::Options {
     source::jetstream::Options {
         ack_wait: config.streams.ack_wait,
@@ -376,49 +314,6 @@ fn runner_options(config: &Config, worker: &str, tallies: &Tallies) -> runner::O
         kill_patience: config.engine_timeout,
         publish_timeout: config.publish_timeout,
         runs: tallies.run.clone(),
-    }
-}
-
-/// How the endpoints fare.
-#[derive(Default)]
-struct Tallies {
-    run: Arc<Tally>,
-    cancel: Arc<Tally>,
-    status: Arc<Tally>,
-}
-
-/// What this instance is to whoever looks for NATS services.
-fn service(
-    config: &Config,
-    worker: &str,
-    delivery: &str,
-    tallies: &Tallies,
-    intake: &Intake,
-) -> Service {
-    let subjects = &config.subjects;
-    let endpoint =
-        |name, subject: &str, group: Option<&str>, schemas, tally: &Arc<Tally>| Endpoint {
-            name,
-            subject: subject.to_owned(),
-            queue_group: group.map(str::to_owned),
-            metadata: schemas,
-            tally: tally.clone(),
-        };
-    let group = Some(config.queue_group.as_str());
-    let (max_containers, jobs) = (config.max_containers, intake.jobs.clone());
-    Service {
-        id: worker.to_owned(),
-        metadata: BTreeMap::from([
-            ("delivery", delivery.to_owned()),
-            ("subject_prefix", subjects.prefix().to_owned()),
-        ]),
-        endpoints: vec![
-            endpoint("run", &subjects.run, group, schema::of_run(), &tallies.run),
-            endpoint("cancel", &subjects.cancel, None, schema::of_cancel(), &tallies.cancel),
-            endpoint("status", &subjects.status, group, schema::of_status(), &tallies.status),
-        ],
-        state: Box::new(move || json!({"max_containers": max_containers, "jobs": jobs.len()})),
-        started: SystemTime::now(),
     }
 }
 
@@ -475,10 +370,12 @@ async fn announce(
     config: Config,
     worker: String,
     delivery: &'static str,
+    started: impl FnOnce(),
 ) {
     connection.connected().await;
     // The subscriptions have reached the server when this returns.
     connection.settle(config.publish_timeout).await;
+    started();
     up(&mut engine).await;
     tracing::info!(
         worker,

@@ -23,6 +23,16 @@ pub enum Health {
     Up,
     /// It does not.
     Down,
+    /// It answers, and cannot do what is asked of it.
+    Unfit,
+}
+
+impl Health {
+    /// Whether it is known that nothing can be run.
+    #[must_use]
+    pub fn is_away(self) -> bool {
+        matches!(self, Self::Down | Self::Unfit)
+    }
 }
 
 /// Waits until the engine is there.
@@ -65,13 +75,16 @@ pub async fn watch_engine(
                     // Nobody to hear it is the daemon's end, too.
                     let _ = unfit.send(why.clone());
                 }
-                if *health.borrow() != Health::Down {
+                if !health.borrow().is_away() {
                     tracing::warn!(%error, "the container engine is away; requests wait");
                 }
-                Health::Down
+                match error {
+                    PreflightError::Unavailable(_) => Health::Down,
+                    PreflightError::Unfit(_) => Health::Unfit,
+                }
             }
         };
-        if health.send_replace(now) == Health::Down && now == Health::Up {
+        if health.send_replace(now).is_away() && now == Health::Up {
             tracing::info!("the container engine is back");
         }
         failures = if now == Health::Up { 0 } else { failures + 1 };
@@ -97,5 +110,79 @@ pub async fn reap(
         }
         // Whichever comes first: both lead to another look.
         let _ = tokio::time::timeout(interval, down(&mut engine)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Run;
+    use crate::job::Job;
+    use async_trait::async_trait;
+    use std::sync::Mutex;
+    use tokio_util::sync::CancellationToken;
+
+    /// An engine of which is known in advance how it will be found, again and again.
+    struct Foretold(Mutex<Vec<Result<(), PreflightError>>>);
+
+    #[async_trait]
+    impl Backend for Foretold {
+        async fn preflight(&self) -> Result<(), PreflightError> {
+            match self.0.lock().ok().and_then(|mut left| left.pop()) {
+                Some(found) => found,
+                None => std::future::pending().await,
+            }
+        }
+
+        fn prepare(&self, _job: Job) -> Box<dyn Run> {
+            unreachable!("nothing is run")
+        }
+
+        async fn reap(&self) -> anyhow::Result<()> {
+            Ok(())
+        }
+
+        async fn tend(&self, _enough: &CancellationToken) {}
+
+        async fn retire(&self) {}
+    }
+
+    /// How the engine is seen, one after the other, and whether the daemon was told to end.
+    async fn seen(found: Vec<Result<(), PreflightError>>) -> (Vec<Health>, bool) {
+        let looks = found.len();
+        let backend = Arc::new(Foretold(Mutex::new(found.into_iter().rev().collect())));
+        let (health, mut seen) = watch::channel(Health::Unknown);
+        let (_suspicions, suspected) = watch::channel(0);
+        let (unfit, mut told) = oneshot::channel();
+        let watching = tokio::spawn(watch_engine(backend, health, suspected, unfit));
+        let mut all = Vec::new();
+        while all.len() < looks && seen.changed().await.is_ok() {
+            all.push(*seen.borrow_and_update());
+        }
+        watching.abort();
+        (all, told.try_recv().is_ok())
+    }
+
+    fn unfit() -> Result<(), PreflightError> {
+        Err(PreflightError::Unfit("it lacks a runtime".to_owned()))
+    }
+
+    fn away() -> Result<(), PreflightError> {
+        Err(PreflightError::Unavailable("no socket".to_owned()))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_engine_that_comes_back_unfit_is_waited_for() {
+        let (all, ends) = seen(vec![away(), Ok(()), away(), unfit(), Ok(())]).await;
+        assert_eq!(all, [Health::Down, Health::Up, Health::Down, Health::Unfit, Health::Up]);
+        assert!(!ends, "it was fit once");
+        assert!(all.iter().all(|health| health.is_away() == (*health != Health::Up)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_engine_that_is_unfit_at_first_ends_the_daemon() {
+        let (all, ends) = seen(vec![away(), unfit()]).await;
+        assert_eq!(all, [Health::Down, Health::Unfit]);
+        assert!(ends);
     }
 }

@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 use crate::admission::{Slot, Slots};
 use crate::health::{Health, down, up};
 use crate::job::{JobError, JobId, code};
+use crate::metrics::Metrics;
 use crate::nats::Connection;
 use crate::protocol::by_id;
 use crate::protocol::cancel::{self, Answer};
@@ -62,6 +63,8 @@ pub struct Intake {
     pub buffer_bytes: usize,
     /// The records of durable jobs, where there are any.
     pub records: Option<Records>,
+    /// Who is told of those that wait.
+    pub metrics: Metrics,
 }
 
 impl Intake {
@@ -128,7 +131,7 @@ impl Intake {
         while let Some(Some(message)) = self.unless_draining(requests.next()).await {
             count += 1;
             let message = received(message);
-            if *engine.borrow() == Health::Down {
+            if engine.borrow().is_away() {
                 let error = JobError::new(
                     code::ENGINE_UNAVAILABLE,
                     "the container engine is away; try again later",
@@ -143,10 +146,11 @@ impl Intake {
                 continue;
             };
             let daemon = self.clone();
+            let waiting = self.metrics.caller_waits();
             self.jobs.spawn(async move {
                 let patience = daemon.run_slot_timeout;
                 let slot = daemon.unless_draining(daemon.slots.take_within(patience)).await;
-                drop(place);
+                drop((place, waiting));
                 match slot {
                     Some(Some(slot)) => {
                         let delivery = Delivery { message, settle: Box::new(Once) };

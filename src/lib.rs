@@ -34,6 +34,9 @@
 //! | [`backend`] | what runs a job; [`backend::docker`] is the one there is |
 //! | [`agent`] | the program that waits in a container, and how it is spoken to |
 //! | [`health`] | whether the engine is there, and the reaper's hours |
+//! | [`conditions`] | what must hold for the daemon to be ready |
+//! | [`metrics`] | what is counted and measured, and how it is shown |
+//! | [`http`] | where whoever watches the daemon asks |
 //! | [`runner`] | one delivery to exactly one outcome |
 //! | [`state`] | job records, and who has the right to change one |
 //! | [`objects`] | inputs and outputs that no message holds |
@@ -53,13 +56,16 @@ pub mod backend;
 pub mod cancel;
 pub mod capture;
 pub mod cli;
+pub mod conditions;
 pub mod config;
 pub mod failpoint;
 pub mod health;
+pub mod http;
 pub mod inquiry;
 pub mod intake;
 pub mod job;
 pub mod live;
+pub mod metrics;
 pub mod nats;
 pub mod objects;
 pub mod protocol;

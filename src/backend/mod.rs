@@ -39,6 +39,33 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Withdraws what this instance keeps in the engine for its own sake, at the end of its life.
     async fn retire(&self);
+
+    /// What it counts of the containers it keeps ready; nothing where it keeps none. Does not wait for
+    /// the engine.
+    fn warm_counts(&self) -> Option<WarmCounts> {
+        None
+    }
+}
+
+/// Counts of containers that are kept ready: since the start, but for those that wait now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WarmCounts {
+    /// Containers that wait for a job now.
+    pub waiting: u64,
+    /// Jobs that got one.
+    pub hits: u64,
+    /// Jobs that got none, by the reason's name.
+    pub misses: Vec<(&'static str, u64)>,
+    /// Containers that were made.
+    pub made: u64,
+    /// Containers that could not be made.
+    pub failed: u64,
+    /// Containers that gave way to another kind.
+    pub evicted: u64,
+    /// Containers that had waited for too long.
+    pub retired: u64,
+    /// Containers that had died before anybody needed them.
+    pub died: u64,
 }
 
 /// Where a run tells how far the pull of its image is; nothing while no pull is under way.

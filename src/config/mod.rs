@@ -8,6 +8,7 @@ mod secret;
 pub mod settings;
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -73,6 +74,8 @@ pub struct Config {
     pub engine_timeout: Duration,
     /// `REAP_INTERVAL`: how often containers of dead instances are looked for.
     pub reap_interval: Duration,
+    /// `HTTP_ADDR`: where health and metrics are served. Absent: nowhere.
+    pub http_addr: Option<SocketAddr>,
     /// `LOG_FORMAT`.
     pub log_format: LogFormat,
     /// `RUST_LOG`, checked when the log starts.
@@ -336,6 +339,7 @@ struct Raw {
     shutdown_grace: Option<String>,
     engine_timeout: Option<String>,
     reap_interval: Option<String>,
+    http_addr: Option<String>,
     log_format: Option<String>,
     rust_log: Option<String>,
     docker_host: Option<String>,
@@ -602,6 +606,7 @@ impl Config {
             docker,
             engine_timeout: p.nonzero_duration("ENGINE_TIMEOUT", raw.engine_timeout),
             reap_interval: p.nonzero_duration("REAP_INTERVAL", raw.reap_interval),
+            http_addr: p.socket_addr("HTTP_ADDR", raw.http_addr),
             log_format: p.choice(
                 "LOG_FORMAT",
                 raw.log_format,

@@ -1,6 +1,7 @@
 //! From text to values, collecting what is wrong on the way.
 
 use std::fmt::Display;
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -227,6 +228,23 @@ impl Problems {
                 })
                 .collect()
         })
+    }
+
+    pub(super) fn socket_addr(
+        &mut self,
+        name: &'static str,
+        given: Option<String>,
+    ) -> Option<SocketAddr> {
+        match given?.trim().parse() {
+            Ok(addr) => Some(addr),
+            Err(_) => {
+                self.say(
+                    name,
+                    "expected an IP address and a port, such as 127.0.0.1:9464 or [::]:9464",
+                );
+                None
+            }
+        }
     }
 
     pub(super) fn log_filter(&mut self, name: &'static str, given: Option<String>) -> String {

@@ -143,6 +143,11 @@ pub const SETTINGS: &[Setting] = &[
     s("SHUTDOWN_GRACE", "30s", "How long running functions may go on after SIGTERM"),
     s("ENGINE_TIMEOUT", "30s", "How long one call to the engine may take"),
     s("REAP_INTERVAL", "1m", "How often containers of dead instances are looked for"),
+    s(
+        "HTTP_ADDR",
+        "",
+        "Address for health and metrics, such as 127.0.0.1:9464; empty for no listener",
+    ),
     s("LOG_FORMAT", "text", "Log lines: text or json"),
     s("RUST_LOG", "info", "Log level, or a filter such as worker_spawner=debug"),
     s(

@@ -1,6 +1,6 @@
 //! From an outcome to the end of its request: decide, publish, record, settle.
 
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
 
@@ -34,6 +34,7 @@ impl Runner {
         settle: Box<dyn Settle>,
     ) {
         crate::stage!("outcome made", outcome.id);
+        let made = Instant::now();
         let published = tokio::select! {
             biased;
             published = self.publish(&mut outcome, context, ticket) => published,
@@ -48,6 +49,7 @@ impl Runner {
             }
         };
         if published {
+            self.metrics.published(made.elapsed());
             settle.done().await;
         }
     }
@@ -109,6 +111,7 @@ impl Runner {
         let Decided { id, dead, image, attempt, result, json } = decided;
         if let Some(error) = dead {
             self.publisher.bury(&context.message, &id, image.as_deref(), attempt, &error).await;
+            self.metrics.buried();
         }
         self.publisher.store(&id, result).await;
         crate::stage!("confirmed", id);
@@ -159,8 +162,9 @@ impl Runner {
         error: &JobError,
     ) {
         let bury = self.publisher.bury(&context.message, id, image, attempts, error);
-        if tokio::time::timeout(self.options.publish_timeout, bury).await.is_err() {
-            tracing::warn!(job = %id, "the dead letter could not be stored");
+        match tokio::time::timeout(self.options.publish_timeout, bury).await {
+            Ok(()) => self.metrics.buried(),
+            Err(_) => tracing::warn!(job = %id, "the dead letter could not be stored"),
         }
     }
 }

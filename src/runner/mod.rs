@@ -23,6 +23,7 @@ use crate::config::Policy;
 use crate::job::{
     self, Failure, JobError, JobId, Limits, Outcome, StartKind, Status, Timings, code,
 };
+use crate::metrics::Metrics;
 use crate::objects::Objects;
 use crate::protocol::{Refusal, Request, Subjects, request};
 use crate::publish::{Publisher, Route};
@@ -103,6 +104,7 @@ pub struct Runner {
     shutdown: Shutdown,
     /// Told when a run failed for the engine's sake, so that it is looked at before the next.
     suspicions: watch::Sender<u64>,
+    metrics: Metrics,
 }
 
 /// Who asked, where the answer goes, and since when they wait.
@@ -143,6 +145,7 @@ impl Runner {
             options,
             shutdown,
             suspicions,
+            metrics: Metrics::default(),
         }
     }
 
@@ -150,6 +153,12 @@ impl Runner {
     #[must_use]
     pub fn durable(self, publisher: Publisher, records: Records, objects: Option<Objects>) -> Self {
         Self { publisher, records: Some(records), objects, ..self }
+    }
+
+    /// The same, with what happens told to `metrics`.
+    #[must_use]
+    pub fn metered(self, metrics: Metrics) -> Self {
+        Self { metrics, ..self }
     }
 
     /// The jobs that can be cancelled.
@@ -379,7 +388,6 @@ impl Runner {
         }
     }
 
-    /// One log line for one outcome.
     /// Counts the answer to a `run` request.
     fn tally(&self, outcome: &Outcome, context: &Context) {
         if context.message.subject == self.options.subjects.run {
@@ -389,7 +397,9 @@ impl Runner {
         }
     }
 
+    /// One log line for one outcome, and one more in the counts.
     fn report(&self, outcome: &Outcome) {
+        self.metrics.ended(outcome);
         let error = outcome.error.as_ref().map(tracing::field::display);
         let exit_code = outcome.exit_code;
         let total_ms = outcome.timings.total.map(|d| d.as_millis());

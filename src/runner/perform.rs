@@ -66,8 +66,10 @@ impl Runner {
         let live = live_logs
             .unwrap_or(self.options.live_logs)
             .then(|| self.publisher.live_log(&id, context.attempt, self.options.live_logs_buffer));
+        let running = self.metrics.running();
         let (mut run, attempt) =
             self.attempt(job, stdin_object, &mut ticket, &orders, live.as_ref()).await;
+        drop(running);
         let live_logs_dropped = live.as_ref().map_or(0, LiveLog::dropped);
         // Whoever waits for the outcome does not wait for the rest of it.
         drop(live.map(|live| live.finish(LIVE_LOG_PATIENCE)));
@@ -87,6 +89,7 @@ impl Runner {
             Next::Conclude => (settle, false),
             Next::Again(delay) => {
                 report_again(&id, &attempt.verdict, &context, delay);
+                self.metrics.retried();
                 match self.try_again(settle, &mut ticket, &orders, &mut run, delay).await {
                     Again::Arranged => return,
                     // Nobody takes the job back: this attempt was the last.

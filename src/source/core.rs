@@ -66,6 +66,12 @@ impl CoreSource {
         }
         Ok((Self { buffer, intakes, closing }, refusals))
     }
+
+    /// Where requests wait.
+    #[must_use]
+    pub fn buffer(&self) -> Arc<Buffer> {
+        self.buffer.clone()
+    }
 }
 
 #[async_trait]

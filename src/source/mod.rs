@@ -2,6 +2,7 @@
 
 pub mod buffer;
 pub mod core;
+pub mod depth;
 pub mod jetstream;
 
 use std::time::{Duration, Instant, SystemTime};

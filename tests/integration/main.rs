@@ -1,8 +1,8 @@
 //! The daemon from the outside: the built program against a real NATS server, a real engine and a
 //! real registry. What is looked at is what users see: messages, containers, exit codes, logs.
 //!
-//! Needed on the PATH: nats-server, docker-registry, htpasswd, busybox (static), setpriv, unshare
-//! and nsenter; a Docker engine at DOCKER_HOST or the usual socket; and, for the tests that stop,
+//! Needed on the PATH: nats-server, docker-registry, htpasswd, busybox (static), prometheus,
+//! promtool, setpriv, unshare and nsenter; a Docker engine at DOCKER_HOST or the usual socket; and, for the tests that stop,
 //! kill and freeze an engine, root and dockerd. WORKER_SPAWNER_TEST_LONG=1 asks for the forms that
 //! take many minutes.
 
@@ -17,6 +17,7 @@ mod connections;
 mod dead_letters;
 mod durability;
 mod faults;
+mod http;
 mod images;
 mod jetstream;
 mod lifecycle;

@@ -23,7 +23,7 @@ use async_trait::async_trait;
 use bollard::query_parameters::RemoveContainerOptions;
 use tokio_util::sync::CancellationToken;
 
-use super::{Backend, PreflightError, Run};
+use super::{Backend, PreflightError, Run, WarmCounts};
 use crate::config::{self, Confinement, Images};
 use crate::job::Job;
 use crate::retry::Backoff;
@@ -162,5 +162,9 @@ impl Backend for Docker {
     async fn retire(&self) {
         self.shared.pool.withdraw(&self.shared).await;
         self.shared.owner.withdraw(&self.shared.engine).await;
+    }
+
+    fn warm_counts(&self) -> Option<WarmCounts> {
+        Some(self.shared.pool.counts())
     }
 }

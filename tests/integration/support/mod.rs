@@ -8,10 +8,12 @@
 pub(crate) mod daemon;
 pub(crate) mod engine;
 pub(crate) mod fleet;
+pub(crate) mod http;
 pub(crate) mod images;
 pub(crate) mod jetstream;
 pub(crate) mod nats;
 pub(crate) mod process;
+pub(crate) mod prometheus;
 pub(crate) mod proxy;
 pub(crate) mod registry;
 pub(crate) mod results;

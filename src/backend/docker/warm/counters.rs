@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::backend::WarmCounts;
+
 /// Why a job did not get a warm container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::backend::docker) enum Miss {
@@ -107,23 +109,20 @@ impl Counters {
         add(&self.died, count);
     }
 
-    /// Every count, with its name.
-    pub(in crate::backend::docker) fn all(&self) -> Vec<(String, u64)> {
+    /// Every count.
+    pub(super) fn snapshot(&self) -> WarmCounts {
         let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        let mut all = vec![("warm.hits".to_owned(), get(&self.hits))];
-        for miss in Miss::ALL {
-            all.push((format!("warm.misses.{}", miss.as_str()), get(&self.misses[miss as usize])));
+        let misses = Miss::ALL.into_iter().zip(&self.misses);
+        WarmCounts {
+            waiting: 0,
+            hits: get(&self.hits),
+            misses: misses.map(|(miss, count)| (miss.as_str(), get(count))).collect(),
+            made: get(&self.created),
+            failed: get(&self.failed),
+            evicted: get(&self.evicted),
+            retired: get(&self.retired),
+            died: get(&self.died),
         }
-        for (name, count) in [
-            ("warm.created", &self.created),
-            ("warm.failed", &self.failed),
-            ("warm.evicted", &self.evicted),
-            ("warm.retired", &self.retired),
-            ("warm.died", &self.died),
-        ] {
-            all.push((name.to_owned(), get(count)));
-        }
-        all
     }
 }
 
@@ -134,7 +133,21 @@ fn add(count: &AtomicU64, more: usize) {
 impl fmt::Display for Counters {
     /// Those that are not zero.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let all = self.all().into_iter().filter(|(_, count)| *count > 0);
+        let counts = self.snapshot();
+        let mut all = vec![("warm.hits".to_owned(), counts.hits)];
+        for (reason, count) in counts.misses {
+            all.push((format!("warm.misses.{reason}"), count));
+        }
+        for (name, count) in [
+            ("warm.created", counts.made),
+            ("warm.failed", counts.failed),
+            ("warm.evicted", counts.evicted),
+            ("warm.retired", counts.retired),
+            ("warm.died", counts.died),
+        ] {
+            all.push((name.to_owned(), count));
+        }
+        let all = all.into_iter().filter(|(_, count)| *count > 0);
         let words: Vec<String> = all.map(|(name, count)| format!("{name}={count}")).collect();
         f.write_str(&words.join(" "))
     }

@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use super::Shared;
 use super::image::Image;
 use crate::agent::frame::{self, Kind as Frame, Start};
+use crate::backend::WarmCounts;
 use crate::config;
 use crate::job::{Job, JobId, Limits};
 use crate::retry::Backoff;
@@ -407,6 +408,12 @@ impl Pool {
     /// Whether a failure is worth a word. Where none can be made at all, one image speaks for all.
     fn is_news(&self) -> bool {
         self.counters.has_created() || !self.failure_said.swap(true, Ordering::Relaxed)
+    }
+
+    /// What was counted, and what waits now.
+    pub(super) fn counts(&self) -> WarmCounts {
+        let waiting = self.kinds().values().map(|kind| kind.waiting.len() as u64).sum();
+        WarmCounts { waiting, ..self.counters.snapshot() }
     }
 
     /// Removes everything from the engine, at the end.
