@@ -3,6 +3,7 @@
 mod discovery;
 mod durable;
 mod observed;
+mod reload;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -19,7 +20,9 @@ use crate::config::{Config, EX_CONFIG};
 use crate::health::{Health, reap, up, watch_engine};
 use crate::inquiry::Inquiries;
 use crate::intake::Intake;
+use crate::log::Log;
 use crate::nats::Connection;
+use crate::orders::Orders;
 use crate::publish::Publisher;
 use crate::runner::{self, Runner};
 use crate::shutdown::{Shutdown, Signals};
@@ -32,6 +35,7 @@ use crate::undertaker::Undertaker;
 use discovery::{Tallies, service};
 use durable::{Durable, durable};
 use observed::Observed;
+use reload::{Reloader, runner_rules};
 
 /// Beyond the stopped functions' own grace and what they print: time to remove and to flush.
 const LAST_RITES: Duration = Duration::from_secs(10);
@@ -46,7 +50,12 @@ const SUBSCRIPTION_SLACK: usize = 4096;
 ///
 /// # Errors
 /// The parts cannot be put together; nothing was taken from NATS.
-pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
+pub async fn run(
+    config: Config,
+    log: Log,
+    mut signals: Signals,
+    orders: Orders,
+) -> anyhow::Result<u8> {
     let (shutdown, broken) = (Shutdown::default(), CancellationToken::new());
     // First of all: whoever watches sees the start, too.
     let observed = match Observed::open(config.http_addr, &shutdown, &broken).await {
@@ -100,9 +109,16 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
     let publisher = Publisher::new(connection.clone(), &config.subjects);
     let tallies = Tallies::default();
     let options = runner_options(&config, &worker, &tallies);
-    let mut runner =
-        Runner::new(backend.clone(), publisher.clone(), options, shutdown.clone(), suspicions)
-            .metered(observed.metrics.clone());
+    let rules = runner_rules(&config);
+    let runner = Runner::new(
+        backend.clone(),
+        publisher.clone(),
+        options,
+        rules,
+        shutdown.clone(),
+        suspicions,
+    );
+    let mut runner = runner.metered(observed.metrics.clone());
     if let Some(Durable { jetstream, topology, records, objects }) = &durable {
         let publisher = publisher.clone().durable(jetstream.clone(), topology.clone());
         runner = runner.durable(publisher, records.clone(), objects.clone());
@@ -183,6 +199,15 @@ pub async fn run(config: Config, mut signals: Signals) -> anyhow::Result<u8> {
             tracing::debug!(%error, "this service cannot be discovered");
         }
     }));
+    let reloader = Reloader {
+        config: config.clone(),
+        log,
+        slots: intake.slots.clone(),
+        runner: runner.clone(),
+        backend: backend.clone(),
+        has_pool: config.warm.containers > 0,
+    };
+    spawn(Box::pin(reloader.follow(orders)));
     // What is made ahead of time is for jobs to come.
     let (tended, draining) = (backend.clone(), shutdown.draining.clone());
     let tending = AbortOnDropHandle::new(tokio::spawn(async move { tended.tend(&draining).await }));
@@ -303,13 +328,9 @@ fn docker_options(config: &Config, worker: &str) -> docker::Options {
 fn runner_options(config: &Config, worker: &str, tallies: &Tallies) -> runner::Options {
     runner::Options {
         worker: worker.to_owned(),
-        policy: config.policy.clone(),
         subjects: config.subjects.clone(),
         max_attempts: config.max_attempts,
-        output_limit: config.output_limit,
         look_interval: config.streams.ack_wait / 3,
-        live_logs: config.live_logs,
-        live_logs_buffer: config.live_logs_buffer,
         stop_grace: config.stop_grace,
         kill_patience: config.engine_timeout,
         publish_timeout: config.publish_timeout,

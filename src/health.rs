@@ -144,6 +144,10 @@ mod tests {
 
         async fn tend(&self, _enough: &CancellationToken) {}
 
+        fn set_rules(&self, _: &crate::backend::Rules) -> anyhow::Result<()> {
+            Ok(())
+        }
+
         async fn retire(&self) {}
     }
 

@@ -44,6 +44,8 @@
 //! | [`live`] | what a function prints, published while it runs |
 //! | [`publish`] | outcomes, dead letters and events on their way out |
 //! | [`undertaker`] | requests that were delivered for the last time and never settled |
+//! | [`log`] | the log, and how much of it there is |
+//! | [`orders`] | signals that have the daemon do something other than end |
 //! | [`retry`] | growing delays |
 //! | [`shutdown`] | signals and the drain's deadline |
 //! | [`failpoint`](mod@failpoint) | where a test can have the daemon die |
@@ -65,9 +67,11 @@ pub mod inquiry;
 pub mod intake;
 pub mod job;
 pub mod live;
+pub mod log;
 pub mod metrics;
 pub mod nats;
 pub mod objects;
+pub mod orders;
 pub mod protocol;
 pub mod publish;
 pub mod retry;

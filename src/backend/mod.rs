@@ -14,6 +14,15 @@ use tokio_util::sync::CancellationToken;
 use crate::capture::Stream;
 use crate::job::{Failure, Job, PullProgress, StartKind, Usage};
 
+/// What a backend may be told otherwise while it works.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rules {
+    /// Glob patterns of the images that may run; empty for all.
+    pub image_allowlist: Vec<String>,
+    /// How many containers may wait for jobs.
+    pub warm_containers: usize,
+}
+
 /// An engine that runs functions in containers. Shared by all jobs of an instance.
 #[async_trait]
 pub trait Backend: Send + Sync + 'static {
@@ -36,6 +45,12 @@ pub trait Backend: Send + Sync + 'static {
     /// Keeps ready what makes jobs start sooner, beside them, until `enough`; then brings to an end
     /// what it has begun, and returns.
     async fn tend(&self, enough: &CancellationToken);
+
+    /// Follows other rules from now on.
+    ///
+    /// # Errors
+    /// The rules cannot be followed; those from before are.
+    fn set_rules(&self, rules: &Rules) -> anyhow::Result<()>;
 
     /// Withdraws what this instance keeps in the engine for its own sake, at the end of its life.
     async fn retire(&self);

@@ -3,10 +3,12 @@
 //! [`settings::SETTINGS`] is the one list of names, defaults and descriptions; `.env.example` and
 //! the README's table are checked against it.
 
+mod file;
 mod parse;
 mod secret;
 pub mod settings;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -80,6 +82,36 @@ pub struct Config {
     pub log_format: LogFormat,
     /// `RUST_LOG`, checked when the log starts.
     pub log_filter: String,
+    /// What was set, by name.
+    given: BTreeMap<String, Secret>,
+}
+
+/// The settings a running daemon takes up when it is told to read them again. The others take effect
+/// when it starts.
+pub const RELOADABLE: [&str; 14] = [
+    "MAX_CONTAINERS",
+    "DEFAULT_TIMEOUT",
+    "MAX_TIMEOUT",
+    "MEMORY_LIMIT",
+    "CPU_LIMIT",
+    "PIDS_LIMIT",
+    "ALLOWED_NETWORKS",
+    "REPLY_PREFIXES",
+    "IMAGE_ALLOWLIST",
+    "OUTPUT_LIMIT",
+    "LIVE_LOGS",
+    "LIVE_LOGS_BUFFER",
+    "WARM_CONTAINERS",
+    "RUST_LOG",
+];
+
+/// The settings that differ, by name.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Those a running daemon takes up.
+    pub taken_up: Vec<String>,
+    /// Those that take effect when it starts.
+    pub left: Vec<String>,
 }
 
 /// How NATS is reached.
@@ -281,6 +313,9 @@ impl ConfigError {
 #[cfg_attr(test, derive(serde::Serialize))]
 #[serde(default)]
 struct Raw {
+    /// Read before the others, see [`file`].
+    #[allow(dead_code, reason = "a setting all the same")]
+    config_file: Option<String>,
     nats_url: Option<String>,
     nats_creds_file: Option<String>,
     nats_nkey_seed_file: Option<String>,
@@ -354,7 +389,7 @@ impl Raw {
     /// Of all variables those that are settings. An empty one is an unset one.
     fn from_vars(vars: impl IntoIterator<Item = (String, String)>) -> Result<Self, ConfigError> {
         let ours = vars.into_iter().filter(|(name, value)| {
-            let ours = name == "HOME" || settings::SETTINGS.iter().any(|s| s.name == name);
+            let ours = name == "HOME" || settings::is_setting(name);
             ours && !value.trim().is_empty()
         });
         envy::from_iter(ours).map_err(|e| ConfigError { problems: vec![e.to_string()] })
@@ -417,16 +452,62 @@ impl Nats {
 }
 
 impl Config {
-    /// Reads the settings from the process' environment.
+    /// Reads the settings from the process' environment, and those it does not set from the file that
+    /// its `CONFIG_FILE` names.
     ///
     /// # Errors
-    /// Names every setting that is wrong, with what was expected.
+    /// The file cannot be read, or is wrong; or names every setting that is wrong, with what was
+    /// expected.
     pub fn from_env() -> Result<Self, ConfigError> {
         // A variable that is no Unicode cannot be one of ours, except by mistake: it is passed on
         // with the bad bytes replaced, so that the parser names it.
-        Self::from_vars(std::env::vars_os().map(|(name, value)| {
+        let vars = std::env::vars_os().map(|(name, value)| {
             (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned())
-        }))
+        });
+        Self::from_vars(file::completed(vars.collect())?)
+    }
+
+    /// These settings, with those of `other` that a running daemon takes up.
+    #[must_use]
+    pub fn with_reloaded(&self, other: &Self) -> Self {
+        let is_reloadable = |name: &String| RELOADABLE.contains(&name.as_str());
+        let mut given = self.given.clone();
+        given.retain(|name, _| !is_reloadable(name));
+        let taken_up = other.given.iter().filter(|(name, _)| is_reloadable(name));
+        given.extend(taken_up.map(|(name, value)| (name.clone(), value.clone())));
+        let (images, warm) = (self.images.clone(), self.warm.clone());
+        Self {
+            max_containers: other.max_containers,
+            policy: Policy {
+                network: self.policy.network.clone(),
+                max_attempts: self.policy.max_attempts,
+                ..other.policy.clone()
+            },
+            images: Images { allowlist: other.images.allowlist.clone(), ..images },
+            output_limit: other.output_limit,
+            live_logs: other.live_logs,
+            live_logs_buffer: other.live_logs_buffer,
+            warm: Warm { containers: other.warm.containers, ..warm },
+            log_filter: other.log_filter.clone(),
+            given,
+            ..self.clone()
+        }
+    }
+
+    /// What `other` sets otherwise than this.
+    #[must_use]
+    pub fn changes(&self, other: &Self) -> Changes {
+        let mut changes = Changes::default();
+        let names: BTreeSet<&String> = self.given.keys().chain(other.given.keys()).collect();
+        for name in names {
+            let value = |config: &Self| config.given.get(name).map(|v| v.expose().to_owned());
+            if value(self) != value(other) {
+                let is_reloadable = RELOADABLE.contains(&name.as_str());
+                let list = if is_reloadable { &mut changes.taken_up } else { &mut changes.left };
+                list.push(name.clone());
+            }
+        }
+        changes
     }
 
     /// Reads the settings from these variables. An empty value is an unset one.
@@ -436,9 +517,15 @@ impl Config {
     pub fn from_vars(
         vars: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, ConfigError> {
-        let raw = Raw::from_vars(vars)?;
+        let vars: BTreeMap<String, String> = vars.into_iter().collect();
+        let raw = Raw::from_vars(vars.clone())?;
         let mut problems = Problems::default();
-        let config = Self::from_raw(raw, &mut problems);
+        let mut config = Self::from_raw(raw, &mut problems);
+        config.given = vars
+            .into_iter()
+            .filter(|(name, value)| settings::is_setting(name) && !value.trim().is_empty())
+            .map(|(name, value)| (name, Secret::new(value.trim())))
+            .collect();
         match problems.into_lines() {
             lines if lines.is_empty() => Ok(config),
             problems => Err(ConfigError { problems }),
@@ -613,6 +700,7 @@ impl Config {
                 &[("text", LogFormat::Text), ("json", LogFormat::Json)],
             ),
             log_filter: p.log_filter("RUST_LOG", raw.rust_log),
+            given: BTreeMap::new(),
         }
     }
 }

@@ -11,6 +11,12 @@ pub struct Setting {
     pub help: &'static str,
 }
 
+/// Whether there is a setting of this name.
+#[must_use]
+pub fn is_setting(name: &str) -> bool {
+    SETTINGS.iter().any(|setting| setting.name == name)
+}
+
 /// Every setting, in the order of `.env.example`.
 pub const SETTINGS: &[Setting] = &[
     s("NATS_URL", "nats://localhost:4222", "NATS servers, joined by commas; tls:// asks for TLS"),
@@ -161,6 +167,11 @@ pub const SETTINGS: &[Setting] = &[
         "DOCKER_CONFIG",
         "",
         "Folder with config.json, for the registries' credentials; empty for ~/.docker",
+    ),
+    s(
+        "CONFIG_FILE",
+        "",
+        "File of settings, NAME=value lines; the environment comes before it. Read again on SIGHUP",
     ),
 ];
 

@@ -17,7 +17,9 @@ fn problems(vars: &[(&str, &str)]) -> Vec<String> {
 fn the_documented_defaults_are_the_defaults() {
     let explicit: Vec<_> =
         SETTINGS.iter().filter(|s| !s.default.is_empty()).map(|s| (s.name, s.default)).collect();
-    let (explicit, implicit) = (config(&explicit).unwrap(), config(&[]).unwrap());
+    let (mut explicit, implicit) = (config(&explicit).unwrap(), config(&[]).unwrap());
+    // But for this they are the same.
+    explicit.given.clear();
     assert_eq!(format!("{explicit:?}"), format!("{implicit:?}"));
     assert_eq!(implicit.max_containers, 5);
     assert_eq!(implicit.policy.memory_bytes, 512 << 20);
@@ -189,4 +191,22 @@ fn a_user_or_token_may_come_with_the_url() {
 fn reply_prefixes_end_between_tokens() {
     let config = config(&[("REPLY_PREFIXES", "a, b.c.>,d.")]).unwrap();
     assert_eq!(config.policy.reply_prefixes, ["a.", "b.c.", "d."]);
+}
+
+#[test]
+fn what_has_changed_is_named_by_when_it_takes_effect() {
+    let before =
+        config(&[("PIDS_LIMIT", "9"), ("NATS_USER", "a"), ("NATS_PASSWORD", "b")]).unwrap();
+    let vars = [("CPU_LIMIT", "2"), ("NATS_USER", "a"), ("NATS_PASSWORD", "c"), ("ACK_WAIT", "9s")];
+    let after = config(&vars).unwrap();
+    let changes = before.changes(&after);
+    assert_eq!(changes.taken_up, ["CPU_LIMIT", "PIDS_LIMIT"]);
+    assert_eq!(changes.left, ["ACK_WAIT", "NATS_PASSWORD"]);
+    let now = before.with_reloaded(&after);
+    assert_eq!((now.policy.cpus, now.policy.pids), (2.0, after.policy.pids));
+    assert_eq!(now.streams.ack_wait, before.streams.ack_wait);
+    assert_eq!(now.changes(&after).taken_up, Vec::<String>::new());
+    assert_eq!(now.changes(&after).left, changes.left);
+    assert_eq!(before.changes(&before), Changes::default());
+    assert!(RELOADABLE.iter().all(|name| settings::is_setting(name)));
 }

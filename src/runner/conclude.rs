@@ -72,7 +72,7 @@ impl Runner {
         let limit = self.publisher.json_limit().saturating_sub(record::ENDED_OVERHEAD);
         if let Some(objects) = &self.objects {
             let room = limit.saturating_sub(RESULT_HEADERS);
-            objects.offload(outcome, self.options.output_limit, room).await;
+            objects.offload(outcome, self.rules().output_limit, room).await;
         }
         let json = match outcome::json(outcome, limit) {
             Ok(json) => json,

@@ -8,7 +8,7 @@ mod ticket;
 mod verdict;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -63,20 +63,12 @@ const RESULT_HEADERS: usize = 4096;
 pub struct Options {
     /// The instance's name, on every outcome.
     pub worker: String,
-    /// What requests may ask for.
-    pub policy: Policy,
     /// The subjects requests may not be answered on.
     pub subjects: Subjects,
     /// How many attempts a job has.
     pub max_attempts: u32,
-    /// Bytes kept of each output stream.
-    pub output_limit: usize,
     /// How often a running job's record is looked at.
     pub look_interval: Duration,
-    /// Whether output is published while a function runs, unless its request says.
-    pub live_logs: bool,
-    /// Bytes of a job's live output that may wait for NATS.
-    pub live_logs_buffer: usize,
     /// From TERM to KILL.
     pub stop_grace: Duration,
     /// How long a killed function may take to be gone before it is given up on.
@@ -85,6 +77,19 @@ pub struct Options {
     pub publish_timeout: Duration,
     /// The `run` requests that were answered.
     pub runs: Arc<Tally>,
+}
+
+/// What a runner needs to know of jobs, and may be told otherwise between two of them.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    /// What requests may ask for.
+    pub policy: Policy,
+    /// Bytes kept of each output stream.
+    pub output_limit: usize,
+    /// Whether output is published while a function runs, unless its request says.
+    pub live_logs: bool,
+    /// Bytes of a job's live output that may wait for NATS.
+    pub live_logs_buffer: usize,
 }
 
 /// Runs deliveries on a backend. Shared by all jobs of an instance.
@@ -101,6 +106,7 @@ pub struct Runner {
     /// Requests of jobs that are under way, which wait for their outcome.
     followers: Semaphore,
     options: Options,
+    rules: RwLock<Arc<Rules>>,
     shutdown: Shutdown,
     /// Told when a run failed for the engine's sake, so that it is looked at before the next.
     suspicions: watch::Sender<u64>,
@@ -131,6 +137,7 @@ impl Runner {
         backend: Arc<dyn Backend>,
         publisher: Publisher,
         options: Options,
+        rules: Rules,
         shutdown: Shutdown,
         suspicions: watch::Sender<u64>,
     ) -> Self {
@@ -143,6 +150,7 @@ impl Runner {
             under_way: Mutex::default(),
             followers: Semaphore::new(FOLLOWERS_KIB),
             options,
+            rules: RwLock::new(Arc::new(rules)),
             shutdown,
             suspicions,
             metrics: Metrics::default(),
@@ -159,6 +167,15 @@ impl Runner {
     #[must_use]
     pub fn metered(self, metrics: Metrics) -> Self {
         Self { metrics, ..self }
+    }
+
+    /// Has jobs that are taken from now on follow these rules.
+    pub fn set_rules(&self, rules: Rules) {
+        *self.rules.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(rules);
+    }
+
+    fn rules(&self) -> Arc<Rules> {
+        self.rules.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The jobs that can be cancelled.
@@ -305,9 +322,9 @@ impl Runner {
         body: Option<Bytes>,
         begun: Instant,
     ) -> (Result<Request, Refused>, Context) {
-        let Options { policy, subjects, .. } = &self.options;
+        let (rules, subjects) = (self.rules(), &self.options.subjects);
         let payload = body.as_ref().unwrap_or(&message.payload);
-        let decoded = request::decode(payload, &message.id, policy, subjects);
+        let decoded = request::decode(payload, &message.id, &rules.policy, subjects);
         let asked = match &decoded {
             Ok(Request { reply_to, .. }) => reply_to,
             Err(refusal) => &refusal.reply_to,

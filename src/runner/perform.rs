@@ -63,9 +63,10 @@ impl Runner {
         crate::failpoint!("job.claimed");
 
         tracing::debug!(job = %id, image, attempt = context.attempt, "job begins");
+        let rules = self.rules();
         let live = live_logs
-            .unwrap_or(self.options.live_logs)
-            .then(|| self.publisher.live_log(&id, context.attempt, self.options.live_logs_buffer));
+            .unwrap_or(rules.live_logs)
+            .then(|| self.publisher.live_log(&id, context.attempt, rules.live_logs_buffer));
         let running = self.metrics.running();
         let (mut run, attempt) =
             self.attempt(job, stdin_object, &mut ticket, &orders, live.as_ref()).await;
@@ -169,7 +170,7 @@ impl Runner {
             shutdown: &self.shutdown,
             orders,
             progress: &progress,
-            keep: self.options.output_limit.max(objects),
+            keep: self.rules().output_limit.max(objects),
             live,
         };
         let attempt = tokio::select! {

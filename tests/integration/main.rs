@@ -27,6 +27,7 @@ mod load;
 mod outputs;
 mod priorities;
 mod records;
+mod reload;
 mod requests;
 mod retries;
 mod servers;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
 use bollard::errors::Error;
@@ -49,7 +49,7 @@ impl Image {
 /// The engine's images, and the pulls under way.
 pub(super) struct Store {
     engine: Engine,
-    allowed: AllowList,
+    allowed: RwLock<AllowList>,
     policy: PullPolicy,
     pull_timeout: Duration,
     /// Where the registries' credentials are.
@@ -88,13 +88,22 @@ impl Store {
     ) -> anyhow::Result<Self> {
         Ok(Self {
             engine,
-            allowed: AllowList::new(&settings.allowlist)?,
+            allowed: RwLock::new(AllowList::new(&settings.allowlist)?),
             policy: settings.pull_policy,
             pull_timeout: settings.pull_timeout,
             config_dir,
             pulls: Arc::default(),
             known: Mutex::default(),
         })
+    }
+
+    /// Allows these images from now on, and no others.
+    pub(super) fn allow(&self, allowed: AllowList) {
+        *self.allowed.write().unwrap_or_else(PoisonError::into_inner) = allowed;
+    }
+
+    fn allows(&self, reference: &str) -> bool {
+        self.allowed.read().unwrap_or_else(PoisonError::into_inner).allows(reference)
     }
 
     /// The image `name`, pulled where the policy says so. A pull is told to `progress`.
@@ -110,7 +119,7 @@ impl Store {
             ))
         })?;
         let full = reference.whole();
-        if !self.allowed.allows(&full) {
+        if !self.allows(&full) {
             return Err(rejected(
                 code::IMAGE_NOT_ALLOWED,
                 format!("{full} matches no pattern of this worker's IMAGE_ALLOWLIST"),
@@ -139,7 +148,7 @@ impl Store {
     /// is kept ready is looked at often, and pulled for those who ask for it.
     pub(super) async fn provide(&self, name: &str) -> Result<Arc<Image>, Failure> {
         let full = normalise(name).map(|reference| reference.whole());
-        let full = full.filter(|full| self.allowed.allows(full));
+        let full = full.filter(|full| self.allows(full));
         if let Some(full) = full
             && let Ok(image) = self.inspect(&full).await
         {

@@ -23,7 +23,7 @@ use async_trait::async_trait;
 use bollard::query_parameters::RemoveContainerOptions;
 use tokio_util::sync::CancellationToken;
 
-use super::{Backend, PreflightError, Run, WarmCounts};
+use super::{Backend, PreflightError, Rules, Run, WarmCounts};
 use crate::config::{self, Confinement, Images};
 use crate::job::Job;
 use crate::retry::Backoff;
@@ -157,6 +157,12 @@ impl Backend for Docker {
             () = listen => {}
             () = self.shared.pool.tend(&self.shared, &changed, enough) => {}
         }
+    }
+
+    fn set_rules(&self, rules: &Rules) -> anyhow::Result<()> {
+        self.shared.images.allow(AllowList::new(&rules.image_allowlist)?);
+        self.shared.pool.resize(rules.warm_containers);
+        Ok(())
     }
 
     async fn retire(&self) {

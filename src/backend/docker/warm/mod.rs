@@ -13,7 +13,7 @@ mod volume;
 
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -157,6 +157,8 @@ type Creation = (Key, Instant, Result<Idle, CreateError>);
 /// The pool of one backend.
 pub(super) struct Pool {
     options: config::Warm,
+    /// How many containers there may be: as `options` says, until that changes.
+    size: AtomicUsize,
     kinds: Mutex<HashMap<Key, Kind>>,
     /// Told when there may be something to do.
     wake: Notify,
@@ -169,7 +171,8 @@ impl Pool {
     pub(super) fn new(options: config::Warm) -> Self {
         let counters = Counters::default();
         let (kinds, wake, failure_said) = (Mutex::default(), Notify::new(), AtomicBool::new(false));
-        Self { options, kinds, wake, failure_said, counters }
+        let size = AtomicUsize::new(options.containers);
+        Self { options, size, kinds, wake, failure_said, counters }
     }
 
     fn kinds(&self) -> MutexGuard<'_, HashMap<Key, Kind>> {
@@ -177,12 +180,25 @@ impl Pool {
         self.kinds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn size(&self) -> usize {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// Has room for so many containers from now on. A pool that began without any has none.
+    pub(super) fn resize(&self, containers: usize) {
+        if self.options.containers > 0 {
+            self.size.store(containers, Ordering::Relaxed);
+            self.wake.notify_one();
+        }
+    }
+
     /// A container for `job`, and what to say to its agent.
     ///
     /// # Errors
     /// Says why there is none.
     pub(super) fn lease(&self, job: &Job, image: &Arc<Image>) -> Result<(Idle, Vec<u8>), Miss> {
-        if self.options.containers == 0 {
+        let size = self.size();
+        if size == 0 {
             return Err(Miss::Off);
         }
         if !job.labels.is_empty() {
@@ -193,7 +209,7 @@ impl Pool {
         let idle = {
             let mut kinds = self.kinds();
             let kind = kind_of(&mut kinds, job, image, &self.options);
-            kind.note_use(&job.limits, Instant::now(), self.options.containers);
+            kind.note_use(&job.limits, Instant::now(), size);
             loop {
                 let Some(mut idle) = kind.take(&job.limits) else { break None };
                 if idle.ear.is_silent() {
@@ -239,7 +255,7 @@ impl Pool {
                 match shared.images.provide(name).await {
                     Ok(image) => {
                         let job = pattern(name, &self.options.limits, &self.options);
-                        let share = self.options.containers / self.options.images.len();
+                        let share = self.size() / self.options.images.len();
                         let mut kinds = self.kinds();
                         let kind = kind_of(&mut kinds, &job, &image, &self.options);
                         kind.pinned = true;
@@ -345,7 +361,7 @@ impl Pool {
             let keys: Vec<Key> = kinds.keys().cloned().collect();
             let views: Vec<View> =
                 keys.iter().filter_map(|key| Some(kinds.get(key)?.view(now))).collect();
-            match next_step(&views, self.options.containers, busy, now) {
+            match next_step(&views, self.size(), busy, now) {
                 Step::Rest => return None,
                 Step::Create(at) => {
                     let key = keys.get(at)?.clone();

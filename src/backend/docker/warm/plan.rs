@@ -55,13 +55,20 @@ pub(super) fn next_step(kinds: &[View], capacity: usize, busy: bool, now: Instan
     if let Some(at) = kinds.iter().position(|kind| kind.idle > 0 && kind.have() > kind.want) {
         return Step::Evict(at);
     }
+    let have = kinds.iter().map(View::have).sum::<usize>();
+    if have > capacity {
+        // There is less room than there was.
+        let idle = kinds.iter().enumerate().filter(|(_, kind)| kind.idle > 0);
+        let oldest = idle.max_by_key(|(_, kind)| kind.unused_for(now));
+        return oldest.map_or(Step::Rest, |(at, _)| Step::Evict(at));
+    }
     let wanting = kinds.iter().enumerate().filter(|(_, k)| k.can_create && k.have() < k.want);
     let Some((at, newcomer)) =
         wanting.min_by_key(|(_, k)| (k.have() >= k.floor, k.unused_for(now)))
     else {
         return Step::Rest;
     };
-    if kinds.iter().map(View::have).sum::<usize>() < capacity {
+    if have < capacity {
         return Step::Create(at);
     }
     let gives_way = |kind: &View| {
@@ -114,6 +121,15 @@ mod tests {
         let full = View { creating: 1, ..kind(4, 9, 0, now) };
         assert_eq!(next_step(&[full], 5, false, now), Step::Rest);
         assert_eq!(next_step(&[full], 6, false, now), Step::Create(0));
+    }
+
+    #[test]
+    fn a_pool_that_has_less_room_gives_up_what_was_not_used_for_longest() {
+        let now = Instant::now() + Duration::from_secs(1000);
+        let kinds = [kind(2, 2, 3, now), kind(1, 1, 9, now)];
+        assert_eq!(next_step(&kinds, 3, false, now), Step::Rest);
+        assert_eq!(next_step(&kinds, 2, true, now), Step::Evict(1));
+        assert_eq!(next_step(&kinds[..1], 0, true, now), Step::Evict(0));
     }
 
     #[test]
