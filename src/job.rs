@@ -12,6 +12,8 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
+use crate::trace::TraceContext;
+
 /// The longest job id, in bytes. It is part of a container's name and of a NATS subject.
 pub const MAX_ID_LENGTH: usize = 64;
 
@@ -520,6 +522,8 @@ pub struct Outcome {
     pub timings: Timings,
     /// What it used.
     pub usage: Usage,
+    /// The trace it is part of.
+    pub trace: Option<TraceContext>,
 }
 
 impl Outcome {

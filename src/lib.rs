@@ -46,6 +46,7 @@
 //! | [`undertaker`] | requests that were delivered for the last time and never settled |
 //! | [`log`] | the log, and how much of it there is |
 //! | [`orders`] | signals that have the daemon do something other than end |
+//! | [`trace`](mod@trace) | the trace a job is part of |
 //! | [`retry`] | growing delays |
 //! | [`shutdown`] | signals and the drain's deadline |
 //! | [`failpoint`](mod@failpoint) | where a test can have the daemon die |
@@ -82,4 +83,5 @@ pub mod source;
 pub mod stage;
 pub mod state;
 pub mod topology;
+pub mod trace;
 pub mod undertaker;

@@ -21,6 +21,7 @@ use crate::protocol::{Subjects, by_id, headers, outcome};
 use crate::retry::Backoff;
 use crate::source::Message;
 use crate::topology::Topology;
+use crate::trace::TraceContext;
 
 /// Publishes outcomes. Cheap to clone.
 #[derive(Clone)]
@@ -57,6 +58,8 @@ pub struct Route {
     pub results: bool,
     /// To these subjects, as JSON. Checked before they get here.
     pub replies: Vec<String>,
+    /// The trace that is named there.
+    pub trace: Option<TraceContext>,
 }
 
 impl Publisher {
@@ -194,9 +197,17 @@ impl Publisher {
     }
 
     /// Sends the JSON of an outcome to those who asked for it.
-    pub async fn reply(&self, job: &JobId, json: &Bytes, replies: &[String]) {
-        for reply in replies {
-            let published = self.connection.client.publish(reply.clone(), json.clone()).await;
+    pub async fn reply(&self, job: &JobId, json: &Bytes, route: &Route) {
+        let client = &self.connection.client;
+        for reply in &route.replies {
+            let (subject, json) = (reply.clone(), json.clone());
+            let published = match &route.trace {
+                None => client.publish(subject, json).await,
+                trace => {
+                    let headers = header_map(headers::of_trace(trace.as_ref()).collect());
+                    client.publish_with_headers(subject, headers, json).await
+                }
+            };
             if let Err(error) = published {
                 tracing::error!(%job, reply, %error, "could not reply");
             }
@@ -265,8 +276,10 @@ impl Publisher {
         let limit = client.max_payload();
         let job = &outcome.id;
         if !route.replies.is_empty() {
-            match outcome::json(outcome, limit) {
-                Ok(json) => self.reply(job, &json, &route.replies).await,
+            let trace: Vec<_> = headers::of_trace(route.trace.as_ref()).collect();
+            let around = if trace.is_empty() { 0 } else { headers::encoded_length(&trace) };
+            match outcome::json(outcome, limit.saturating_sub(around)) {
+                Ok(json) => self.reply(job, &json, route).await,
                 Err(error) => tracing::error!(%job, %error, "could not reply"),
             }
         }

@@ -33,6 +33,7 @@ fn outcome(start: Option<StartKind>) -> Outcome {
             total: took(15),
         },
         usage: Usage::default(),
+        trace: None,
     }
 }
 

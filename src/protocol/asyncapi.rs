@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Subjects, dead_letter, headers, schema};
 use crate::job::Status;
+use crate::trace;
 
 /// A subject: its name in the document, its address, what it is for, and what travels there.
 struct Channel<'a> {
@@ -207,6 +208,7 @@ fn messages() -> Value {
             headers::JOB_ATTEMPT: number, headers::JOB_DURATION_MS: number,
             headers::JOB_OUTPUT_TRUNCATED: truth, headers::JOB_STDOUT_OBJECT: text,
             headers::JOB_STDERR_OBJECT: text, headers::NATS_MSG_ID: text,
+            trace::TRACEPARENT: text, trace::TRACESTATE: text,
         })),
         "output": bytes("A piece of what a function prints", json!({
             headers::JOB_ID: text, headers::JOB_ATTEMPT: number, headers::SEQ: number,

@@ -1,6 +1,7 @@
 //! The headers of a message on the results subject.
 
 use crate::job::{JobError, JobId, ObjectRef, Outcome, code};
+use crate::trace::TraceContext;
 
 /// The job's id.
 pub const JOB_ID: &str = "Job-Id";
@@ -70,7 +71,15 @@ pub fn of(outcome: &Outcome, truncated: bool) -> Vec<(&'static str, String)> {
     let object = |object: &ObjectRef| format!("{}/{}", object.bucket, object.name);
     optional(JOB_STDOUT_OBJECT, outcome.objects.stdout.as_ref().map(object));
     optional(JOB_STDERR_OBJECT, outcome.objects.stderr.as_ref().map(object));
+    headers.extend(of_trace(outcome.trace.as_ref()));
     headers
+}
+
+/// The headers that pass a trace on.
+pub fn of_trace(
+    trace: Option<&TraceContext>,
+) -> impl Iterator<Item = (&'static str, String)> + use<'_> {
+    trace.into_iter().flat_map(|trace| trace.headers().map(|(n, value)| (n, value.to_owned())))
 }
 
 /// Outcomes of one job carry one id, whoever publishes them and however often.

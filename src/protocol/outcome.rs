@@ -14,6 +14,7 @@ use super::schema::Timestamp;
 use super::time::rfc3339;
 use crate::capture::Captured;
 use crate::job::{JobError, JobId, ObjectRef, Outcome, StartKind, Status};
+use crate::trace::TraceContext;
 
 /// A message on the results subject.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +46,12 @@ pub fn result_message(outcome: &Outcome, limit: usize) -> ResultMessage {
 /// The results message of an outcome that is known by its JSON alone, as [`json`] encodes it.
 /// `order` is that of the two streams. Nothing where it is no outcome.
 #[must_use]
-pub fn result_of_json(json: &[u8], order: &[u32], limit: usize) -> Option<ResultMessage> {
+pub fn result_of_json(
+    json: &[u8],
+    order: &[u32],
+    trace: Option<&TraceContext>,
+    limit: usize,
+) -> Option<ResultMessage> {
     let fields: Map<String, Value> = serde_json::from_slice(json).ok()?;
     let text = |name: &str| fields.get(name).and_then(Value::as_str);
     let is_true = |name: &str| fields.get(name).and_then(Value::as_bool) == Some(true);
@@ -74,6 +80,7 @@ pub fn result_of_json(json: &[u8], order: &[u32], limit: usize) -> Option<Result
         let part = |name: &str| fields.get(stream)?.get(name)?.as_str();
         optional(name, part("bucket").zip(part("name")).map(|(b, n)| format!("{b}/{n}")));
     }
+    lines.extend(headers::of_trace(trace));
     let stream = |name: &str| match text(&format!("{name}_encoding")) {
         Some("base64") => BASE64.decode(text(name).unwrap_or_default()).unwrap_or_default(),
         _ => text(name).unwrap_or_default().as_bytes().to_vec(),

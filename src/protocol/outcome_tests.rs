@@ -31,6 +31,7 @@ fn outcome(stdout: &[u8], stderr: &[u8]) -> Outcome {
         finished_at: at,
         timings: Timings { total: Some(Duration::from_micros(1_234_567)), ..Timings::default() },
         usage: Usage::default(),
+        trace: None,
     }
 }
 
@@ -213,7 +214,8 @@ fn a_result_can_be_made_of_the_outcomes_json() {
     };
     for outcome in [mixed, failed, rejected] {
         let json = json(&outcome, 1 << 20).unwrap();
-        let made = result_of_json(&json, outcome.output.order(), 1 << 20).unwrap();
+        let made =
+            result_of_json(&json, outcome.output.order(), outcome.trace.as_ref(), 1 << 20).unwrap();
         let direct = result_message(&outcome, 1 << 20);
         assert_eq!(made.body, direct.body);
         let sorted = |message: &ResultMessage| {
@@ -223,5 +225,5 @@ fn a_result_can_be_made_of_the_outcomes_json() {
         };
         assert_eq!(sorted(&made), sorted(&direct));
     }
-    assert_eq!(result_of_json(b"{}", &[], 100), None);
+    assert_eq!(result_of_json(b"{}", &[], None, 100), None);
 }

@@ -49,6 +49,7 @@ fn cancelled() -> Outcome {
         finished_at: at(1),
         timings: Timings::default(),
         usage: Usage::default(),
+        trace: None,
     }
 }
 
@@ -210,6 +211,7 @@ prop_compose! {
             finished_at: times.2,
             timings: Timings { queue, pull, create, start, run, total },
             usage: Usage { cpu, memory_peak_bytes },
+            trace: None,
         }
     }
 }

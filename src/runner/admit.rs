@@ -154,7 +154,9 @@ impl Runner {
         let record = claim.record.clone();
         let limit = self.publisher.max_payload();
         let json = record.outcome_json().unwrap_or_default();
-        let Some(result) = outcome::result_of_json(&json, &record.interleaving, limit) else {
+        let trace = context.route.trace.as_ref();
+        let Some(result) = outcome::result_of_json(&json, &record.interleaving, trace, limit)
+        else {
             tracing::error!(job = %record.id, "the record of an outcome that is none");
             return false;
         };
@@ -179,7 +181,7 @@ impl Runner {
         tracing::info!(job = %record.id, status = record.status().map(Status::as_str), "the job ended before; its outcome is told again");
         self.publisher.event(record).await;
         if let Some(json) = record.outcome_json() {
-            self.publisher.reply(&record.id, &json, &context.route.replies).await;
+            self.publisher.reply(&record.id, &json, &context.route).await;
         }
     }
 }

@@ -116,7 +116,7 @@ impl Runner {
         self.publisher.store(&id, result).await;
         crate::stage!("confirmed", id);
         crate::failpoint!("result.published");
-        self.publisher.reply(&id, &json, &context.route.replies).await;
+        self.publisher.reply(&id, &json, &context.route).await;
         if claim.end().await.is_err() {
             tracing::warn!(job = %id, "another worker has taken the job over while its outcome was published");
             return false;

@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
+use async_nats::HeaderValue;
 use bytes::Bytes;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
@@ -32,6 +33,7 @@ use crate::service::Tally;
 use crate::shutdown::Shutdown;
 use crate::source::{Delivery, JOB_TTL, Message, REQUEST_OBJECT, Settle, expiry};
 use crate::state::{Opened, Records};
+use crate::trace::TraceContext;
 
 use attempt::Attempt;
 pub use attempt::LAST_PATIENCE;
@@ -337,10 +339,16 @@ impl Runner {
                 Ok(()) => replies.push(reply.clone()),
             }
         }
-        let route = Route { results: true, replies };
+        let header = |name: &str| message.headers.get(name).map(HeaderValue::as_str);
+        let trace = TraceContext::of(header);
+        let route = Route { results: true, replies, trace };
         let attempt = message.attempt;
         let context = Context { message, route, begun, attempt, spare: 0 };
-        let decoded = decoded.map_err(|refusal| *refusal).and_then(|request| {
+        let decoded = decoded.map_err(|refusal| *refusal).and_then(|mut request| {
+            for (name, value) in context.route.trace.iter().flat_map(TraceContext::variables) {
+                // The caller's own word counts for more.
+                request.job.env.entry(name).or_insert_with(|| value.to_owned());
+            }
             match expiry(&context.message.headers, context.message.received_at) {
                 Ok(_) => Ok(request),
                 Err(why) => Err(Refusal {
@@ -402,6 +410,7 @@ impl Runner {
                 total: Some(message.received.elapsed()),
             },
             usage: judged.exit.map(|exit| exit.usage).unwrap_or_default(),
+            trace: context.route.trace.clone(),
         }
     }
 
@@ -422,10 +431,11 @@ impl Runner {
         let total_ms = outcome.timings.total.map(|d| d.as_millis());
         let (job, status, attempt) = (&outcome.id, outcome.status, outcome.attempt);
         let (image, start) = (outcome.image.as_deref(), outcome.start.map(StartKind::as_str));
+        let trace_id = outcome.trace.as_ref().map(TraceContext::trace_id);
         if status == Status::Error {
-            tracing::warn!(%job, image, %status, exit_code, attempt, start, total_ms, error, "job ended");
+            tracing::warn!(%job, image, %status, exit_code, attempt, start, total_ms, trace_id, error, "job ended");
         } else {
-            tracing::info!(%job, image, %status, exit_code, attempt, start, total_ms, error, "job ended");
+            tracing::info!(%job, image, %status, exit_code, attempt, start, total_ms, trace_id, error, "job ended");
         }
     }
 }

@@ -34,4 +34,5 @@ mod servers;
 mod service;
 mod settings;
 mod support;
+mod traces;
 mod warm;
