@@ -6,6 +6,7 @@ use anyhow::anyhow;
 use async_nats::Subscriber;
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
+use tokio::task::unconstrained;
 
 use super::answer::{Answer, Output, name_of};
 use super::client::Link;
@@ -52,6 +53,11 @@ impl Follower {
         Ok(Self { pieces: Some(subscribe(link, id).await?), printed: Printed::joining() })
     }
 
+    /// Of a job that has ended: there is nothing to follow.
+    pub(super) fn nothing() -> Self {
+        Self { pieces: None, printed: Printed::default() }
+    }
+
     /// What comes next. Never where there is nothing to follow. Cancel-safe.
     ///
     /// # Errors
@@ -74,6 +80,12 @@ impl Follower {
                 );
                 Shown::Note(text, Some((stream, bytes)))
             }
+            Step::Joined(missed, bytes) => {
+                let name = name_of(stream);
+                let text =
+                    format!("{missed} bytes of {name} came before; `result` has them in the end");
+                Shown::Note(text, Some((stream, bytes)))
+            }
             Step::Gap => {
                 let name = name_of(stream);
                 Shown::Note(format!("live {name} is incomplete; its rest comes at the end"), None)
@@ -90,7 +102,7 @@ impl Follower {
     pub(super) async fn finish(&mut self, link: &Link, answer: &Answer) -> anyhow::Result<()> {
         // What is here already keeps the order between the two streams.
         while let Some(Some(message)) =
-            self.pieces.as_mut().map(|pieces| pieces.next().now_or_never())
+            self.pieces.as_mut().map(|pieces| unconstrained(pieces.next()).now_or_never())
         {
             let Some(message) = message else { break };
             if let Some(piece) = Piece::of(&message) {

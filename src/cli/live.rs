@@ -47,6 +47,8 @@ pub(super) enum Step {
     Print(Bytes),
     /// Another attempt has begun, and this is its beginning: what was printed is an earlier one's.
     Anew(Bytes),
+    /// Print this; so many bytes came before anybody listened.
+    Joined(u64, Bytes),
     /// Bytes are missing before it: nothing of this stream is printed until the outcome is there.
     Gap,
     /// Nothing.
@@ -93,7 +95,8 @@ impl Printed {
         }
         let first = !self.streams.contains_key(&piece.stream);
         let progress = self.streams.entry(piece.stream).or_default();
-        if first && self.joins {
+        let joined = first && self.joins && piece.offset > 0;
+        if joined {
             progress.up_to = piece.offset;
         }
         if progress.broken || piece.seq <= progress.seq {
@@ -106,10 +109,12 @@ impl Printed {
         }
         progress.up_to += piece.bytes.len() as u64;
         progress.ended = piece.end;
-        match (piece.bytes.is_empty(), anew) {
-            (true, _) => Step::Nothing,
-            (false, true) => Step::Anew(piece.bytes.clone()),
-            (false, false) => Step::Print(piece.bytes.clone()),
+        let bytes = piece.bytes.clone();
+        match (joined, anew) {
+            (true, _) => Step::Joined(piece.offset, bytes),
+            _ if bytes.is_empty() => Step::Nothing,
+            (false, true) => Step::Anew(bytes),
+            (false, false) => Step::Print(bytes),
         }
     }
 
@@ -178,7 +183,8 @@ mod tests {
     fn a_missed_beginning_is_a_gap_but_for_who_joins() {
         assert_eq!(Printed::default().take(&piece(1, 2, 2, "c")), Step::Gap);
         let mut joined = Printed::joining();
-        assert_eq!(joined.take(&piece(2, 2, 2, "c")), print("c"));
+        let late = Step::Joined(2, Bytes::from_static(b"c"));
+        assert_eq!(joined.take(&piece(2, 2, 2, "c")), late);
         assert_eq!(joined.up_to(Stream::Stdout, 2), 3);
         assert_eq!(joined.take(&piece(2, 4, 9, "e")), Step::Gap);
     }

@@ -11,6 +11,7 @@ mod answer;
 mod cancel;
 mod client;
 mod context;
+mod dead_letters;
 mod exit;
 mod follow;
 mod generate;
@@ -18,21 +19,28 @@ mod hand_in;
 mod input;
 mod interrupt;
 mod live;
+mod logs;
 mod options;
 mod parse;
 mod print;
 mod progress;
+mod ps;
 mod records;
 mod request;
 mod result;
 mod run;
 mod status;
+mod submit;
 
 pub use cancel::Cancel;
+pub use dead_letters::DeadLetters;
+pub use logs::Logs;
 pub use options::ConnectOptions;
+pub use ps::Ps;
 pub use result::ResultOf;
 pub use run::Run;
 pub use status::Status;
+pub use submit::Submit;
 
 /// Runs containerised functions that are requested over NATS.
 #[derive(Debug, Parser)]
@@ -57,6 +65,16 @@ pub enum Command {
     /// over, 125 when it could not be run, 126 when the command cannot be executed, 127 when it is
     /// not there, 130 after Ctrl-C, which cancels the job. Ctrl-C again leaves at once.
     Run(Box<Run>),
+    /// Hand in many requests: a JSON object a line, or one JSON document.
+    ///
+    /// The id of each is printed once it is accepted. A line that cannot be handed in is reported
+    /// with its number, and the rest still goes. The exit code is 0 if all were accepted, and with
+    /// --wait, if all succeeded.
+    Submit(Submit),
+    /// List the jobs of which there is a record, those that have ended with --all.
+    ///
+    /// A request that waits for its first worker has no record yet.
+    Ps(Ps),
     /// Say where a job is, and what became of it.
     Status(Status),
     /// Print what a job printed.
@@ -64,10 +82,14 @@ pub enum Command {
     /// Both streams together, as they arrived; where one of them is too big for a message, all of
     /// standard output and then all of standard error.
     Result(ResultOf),
+    /// Print what a job printed, its standard error to standard error; with -f what it prints.
+    Logs(Logs),
     /// Stop jobs, queued or running.
     ///
     /// The exit code is 0 if each of them is being stopped or will not start.
     Cancel(Cancel),
+    /// Look after requests that could not be run.
+    DeadLetters(DeadLetters),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -104,6 +126,10 @@ impl Command {
             Self::Status(command) => client(command.run()),
             Self::Result(command) => client(command.run()),
             Self::Cancel(command) => client(command.run()),
+            Self::Submit(command) => client(command.run()),
+            Self::Ps(command) => client(command.run()),
+            Self::Logs(command) => client(command.run()),
+            Self::DeadLetters(command) => client(command.run()),
         }
     }
 }
