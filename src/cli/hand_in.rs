@@ -27,8 +27,9 @@ impl Reply {
     /// Reads an answer.
     pub(super) fn of(message: &Message) -> Self {
         if message.status == Some(StatusCode::NO_RESPONDERS) {
-            let subject = "nobody takes requests there: no daemon runs, or under another prefix";
-            return Self::Refused(subject.to_owned());
+            let why =
+                "nobody takes requests: no daemon runs there, or it has another --subject-prefix";
+            return Self::Refused(why.to_owned());
         }
         let Ok(json) = serde_json::from_slice::<Value>(&message.payload) else {
             return Self::Unknown;
