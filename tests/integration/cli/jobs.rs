@@ -25,9 +25,9 @@ async fn jobs_are_listed_shown_and_cancelled() {
     };
     let mut both = vec![failed.clone(), held.id.clone()];
     both.sort();
-    assert_eq!(ids(&["ps", "--json"]).await, [held.id.clone()]);
+    assert_eq!(ids(&["ps", "--json"]).await, std::slice::from_ref(&held.id));
     assert_eq!(ids(&["ps", "--json", "--all"]).await, both);
-    assert_eq!(ids(&["ps", "--json", "--status", "failed"]).await, [failed.clone()]);
+    assert_eq!(ids(&["ps", "--json", "--status", "failed"]).await, std::slice::from_ref(&failed));
     let table = Client::of(&world, &["ps"]).run().await.text();
     let (head, line) = table.split_once('\n').unwrap();
     assert_eq!(
