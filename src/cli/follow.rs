@@ -109,6 +109,12 @@ impl Follower {
                 show(self.take(&piece)).await?;
             }
         }
+        if self.printed.of_another(answer.attempt) {
+            let attempt = answer.attempt;
+            print::note(format!(
+                "what was printed so far is not of attempt {attempt}, which counts"
+            ));
+        }
         for stream in [Stream::Stdout, Stream::Stderr] {
             let output = answer.output(stream);
             if output.truncated {

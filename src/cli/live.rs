@@ -123,6 +123,11 @@ impl Printed {
         self.streams.values().any(|progress| progress.up_to > 0)
     }
 
+    /// Whether something was printed, and not of this attempt.
+    pub(super) fn of_another(&self, attempt: u64) -> bool {
+        attempt != self.attempt && self.any()
+    }
+
     /// Whether the stream was printed to its end, as far as this attempt goes.
     pub(super) fn complete(&self, stream: Stream, attempt: u64) -> bool {
         attempt == self.attempt && self.streams.get(&stream).is_some_and(|progress| progress.ended)
@@ -197,5 +202,6 @@ mod tests {
         assert_eq!(printed.take(&piece(1, 2, 2, "c")), Step::Nothing, "it comes late");
         assert_eq!(printed.up_to(Stream::Stdout, 2), 2);
         assert_eq!(printed.up_to(Stream::Stdout, 3), 0, "of an attempt that was not heard");
+        assert!(printed.of_another(3) && !printed.of_another(2));
     }
 }

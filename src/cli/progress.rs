@@ -82,6 +82,7 @@ impl Progress {
                 bar.set_message(format!("pulling {} ({layers_done}/{layers} layers)", self.image));
                 self.last.clear();
             }
+            _ if layers == 0 => self.tell(format!("pulling {}", self.image)),
             _ => {
                 let due = self.pull_told.is_none_or(|told| told.elapsed() >= PULL_LINES);
                 if due {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use async_nats::HeaderMap;
 use async_nats::jetstream::consumer::{DeliverPolicy, pull};
 use clap::{Args, ValueEnum};
@@ -128,30 +128,34 @@ impl ResultOf {
     async fn stored(&self, link: &Link, record: Option<&Record>) -> anyhow::Result<Option<Stored>> {
         let name = &link.names.results;
         let stream = link.stream("result", name).await?;
+        let trouble = |why: &dyn std::fmt::Display| {
+            link.news.explain(format!("results cannot be searched: {why}"))
+        };
         let from = record.and_then(finished_at).and_then(|at| at.checked_sub(CLOCKS));
         let deliver_policy = match from {
             Some(at) => DeliverPolicy::ByStartTime { start_time: at.into() },
             None => DeliverPolicy::All,
         };
         let config = pull::OrderedConfig {
+            // One with a name may be made by those who may make only those of this stream.
+            name: Some(format!("cli-{}", uuid::Uuid::now_v7().simple())),
             deliver_policy,
             filter_subject: link.subjects.results.clone(),
             headers_only: true,
             ..pull::OrderedConfig::default()
         };
-        let consumer =
-            stream.create_consumer(config).await.context("results cannot be searched")?;
+        let consumer = stream.create_consumer(config).await.map_err(|e| trouble(&e))?;
         let mut left = consumer.cached_info().num_pending;
         if left == 0 {
             return Ok(None);
         }
-        let mut messages = consumer.messages().await.context("results cannot be searched")?;
+        let mut messages = consumer.messages().await.map_err(|e| trouble(&e))?;
         while left > 0 {
             let message = match tokio::time::timeout(ANSWER, messages.next()).await {
                 Ok(Some(message)) => message
                     .map_err(|e| link.news.explain(format!("results cannot be searched: {e}")))?,
                 Ok(None) => break,
-                Err(_) => bail!("JetStream takes too long to search the results"),
+                Err(_) => return Err(trouble(&"JetStream takes too long")),
             };
             let info = message.info().map_err(|e| anyhow::anyhow!("{e}"))?;
             left = info.pending;

@@ -134,6 +134,7 @@ async fn each_byte_is_printed_once_whatever_comes_live() {
     teller.ends(outcome).await;
     let ran = running.end().await;
     assert_eq!((ran.code, ran.text().as_str()), (0, "abcd"), "{ran:?}");
+    assert!(ran.stderr.contains("not of attempt 2"), "{ran:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
