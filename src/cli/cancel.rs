@@ -11,10 +11,13 @@ use serde_json::Value;
 use super::client::Link;
 use super::options::ConnectOptions;
 use super::{exit, print};
-use crate::job::JobId;
+use crate::job::{JobId, printable};
 
 /// How long daemons may take to answer: they write the wish down first.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The most of an answer's word that is shown, in bytes.
+const MAX_WORD: usize = 64;
 
 /// The arguments of `cancel`.
 #[derive(Args, Debug)]
@@ -32,6 +35,8 @@ pub(super) struct Word {
     pub(super) text: String,
     /// The job is being stopped, or will not start.
     pub(super) followed: bool,
+    /// It does not run: its end comes when a worker meets it.
+    pub(super) waits: bool,
 }
 
 impl Cancel {
@@ -40,7 +45,7 @@ impl Cancel {
         let mut code = exit::OK;
         for id in &self.ids {
             match ask(&link, id).await {
-                Ok(Word { text, followed }) => {
+                Ok(Word { text, followed, .. }) => {
                     print::stdout(&format!("{text}\n"))?;
                     if !followed {
                         code = exit::FAILED;
@@ -80,21 +85,22 @@ pub(super) async fn ask(link: &Link, id: &JobId) -> anyhow::Result<Word> {
 
 fn read(id: &JobId, answer: &[u8]) -> anyhow::Result<Word> {
     let answer: Value = serde_json::from_slice(answer)?;
-    let text = |name: &str| answer.get(name).and_then(Value::as_str);
+    let text = |name: &str| Some(printable(answer.get(name)?.as_str()?, MAX_WORD));
     if let Some(error) = answer.get("error") {
         let part = |name: &str| error.get(name).and_then(Value::as_str).unwrap_or_default();
         bail!("{}: {}", part("code"), part("message"));
     }
-    let (text, followed) = match text("result") {
+    let result = text("result");
+    let waits = result.as_deref() == Some("will_not_start");
+    let (text, followed) = match result.as_deref() {
         Some("stopping") => (format!("{id} is being stopped"), true),
         Some("will_not_start") => (format!("{id} does not run, and will not start"), true),
-        Some("already_ended") => (
-            format!("{id} had ended already: {}", text("status").unwrap_or("nobody knows how")),
-            false,
-        ),
+        Some("already_ended") => {
+            (format!("{id} had ended already: {}", text("status").unwrap_or_default()), false)
+        }
         _ => return Err(anyhow!("an answer that is none: {answer}")),
     };
-    Ok(Word { text, followed })
+    Ok(Word { text, followed, waits })
 }
 
 #[cfg(test)]

@@ -50,12 +50,15 @@ impl Interrupt {
             // Nobody reads on where the job has ended meanwhile.
             let _ = tell.send("cancelling; again leaves at once".to_owned()).await;
             let asked = async {
-                let text = match cancel::ask(&connection, &job).await {
-                    Ok(Word { text, .. }) => text,
-                    Err(error) => format!("{error:#}"),
+                let (text, waits) = match cancel::ask(&connection, &job).await {
+                    Ok(Word { text, waits, .. }) => (text, waits),
+                    Err(error) => (format!("{error:#}"), false),
                 };
                 let _ = tell.send(text).await;
-                std::future::pending::<()>().await;
+                // When its turn comes that is its end: nobody has to wait for that.
+                if !waits {
+                    std::future::pending::<()>().await;
+                }
             };
             tokio::select! {
                 () = asked => {}

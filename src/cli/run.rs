@@ -181,10 +181,10 @@ impl Run {
         loop {
             tokio::select! {
                 biased;
+                text = interrupt.news() => progress.warn(text),
                 () = interrupt.leave() => {
                     return Ok(End::Left(interrupt.code().unwrap_or(exit::TROUBLE)));
                 }
-                text = interrupt.news() => progress.warn(text),
                 message = next(&mut replies) => match Reply::of(&message?) {
                     Reply::Outcome(answer) => return Ok(End::Known(Box::new(answer))),
                     Reply::Refused(why) => bail!("{why}"),

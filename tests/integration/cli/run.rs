@@ -220,6 +220,22 @@ async fn an_interrupt_cancels_and_a_second_one_leaves() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn who_cancels_what_waits_does_not_wait_for_its_turn() {
+    let world = World::durable(&[("MAX_CONTAINERS", "1")]).await;
+    let held = world.hold().await;
+    let id = world.id();
+    let running = Client::of(&world, &script(&world, &id, "echo never")).spawn();
+    running.says("is queued").await;
+    running.signal(Signal::INT);
+    let ran = running.end().await;
+    assert_eq!((ran.code, ran.text().as_str()), (130, ""), "{ran:?}");
+    assert!(ran.stderr.contains("does not run, and will not start"), "{ran:?}");
+    world.release(&held).await;
+    assert_eq!(world.ended(&id).await.status(), "cancelled");
+    world.clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn who_reads_no_further_ends_the_job() {
     let world = World::durable(&[]).await;
     let id = world.id();
