@@ -1,6 +1,6 @@
 //! The connection of a client: made within a bounded time, and honest about what the server said.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -44,7 +44,9 @@ pub(super) struct Link {
 #[derive(Default)]
 pub(super) struct News {
     away: AtomicBool,
-    inbox_denied: AtomicBool,
+    /// How often a message to an inbox of this client's own was sent, and how often it was refused.
+    echoes: AtomicU64,
+    denied: AtomicU64,
     complaints: Mutex<Vec<String>>,
     changed: Notify,
 }
@@ -59,7 +61,7 @@ impl News {
                 // Some may not publish to inboxes, not even their own: that is no matter, and the
                 // answer is a sign of life like any other.
                 if error.to_lowercase().contains("publish") && error.contains(inbox_prefix) {
-                    self.inbox_denied.store(true, Ordering::Relaxed);
+                    self.denied.fetch_add(1, Ordering::Relaxed);
                 } else {
                     let mut complaints =
                         self.complaints.lock().unwrap_or_else(PoisonError::into_inner);
@@ -149,20 +151,22 @@ impl Link {
     pub(super) async fn round_trip(&self) -> anyhow::Result<()> {
         let inbox = self.client.new_inbox();
         let request = Request::new().inbox(inbox.clone()).timeout(Some(ANSWER));
+        let own = self.news.echoes.fetch_add(1, Ordering::Relaxed) + 1;
+        // The server answers in the order in which it was asked.
         let denied = async {
-            while !self.news.inbox_denied.load(Ordering::Relaxed) {
+            while self.news.denied.load(Ordering::Relaxed) < own {
                 self.news.changed.notified().await;
             }
         };
-        tokio::select! {
-            echo = self.client.send_request(inbox, request) => {
-                if echo.is_err() {
-                    return Err(self.news.explain(format!("NATS at {} does not answer", self.servers)));
-                }
-            }
-            () = denied => {}
+        let answered = tokio::select! {
+            echo = self.client.send_request(inbox, request) => echo.is_ok(),
+            () = denied => true,
+        };
+        // Of an earlier connection's refusals some never came.
+        if answered || self.news.denied.load(Ordering::Relaxed) > 0 {
+            return Ok(());
         }
-        Ok(())
+        Err(self.news.explain(format!("NATS at {} does not answer", self.servers)))
     }
 
     /// The stream `name`, which holds `what`.

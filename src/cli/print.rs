@@ -52,6 +52,8 @@ pub(super) fn stdout(text: &str) -> anyhow::Result<()> {
 
 /// Says something beside the output.
 pub(super) fn note(text: impl std::fmt::Display) {
+    // Much of it is others' words, which may hold what moves a terminal's cursor.
+    let text = text.to_string().replace(|c: char| c.is_control() && c != '\n', "?");
     // Where nobody listens there is nobody to tell.
     let _ = writeln!(std::io::stderr(), "worker-spawner: {text}");
 }
