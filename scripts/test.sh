@@ -111,7 +111,7 @@ nothing_new() {
 }
 
 need_cargo
-need nats-server docker-registry htpasswd busybox unshare nsenter setpriv perl ip iptables ps prometheus promtool
+need nats-server docker-registry htpasswd busybox unshare nsenter setpriv perl ip iptables ps prometheus promtool script
 private_temporary_files
 current_nats_server
 at_exit remove_test_cgroups
