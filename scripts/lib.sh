@@ -80,6 +80,7 @@ package_of() {
     cc) echo gcc libc6-dev ;;
     pip3) echo python3-pip ;;
     node) echo nodejs ;;
+    script) echo bsdutils ;;
     *) echo "$1" ;;
     esac
 }
