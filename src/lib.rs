@@ -48,6 +48,7 @@
 //! | [`orders`] | signals that have the daemon do something other than end |
 //! | [`trace`](mod@trace) | the trace a job is part of |
 //! | [`retry`] | growing delays |
+//! | [`finding`] | what an examination of the surroundings found |
 //! | [`shutdown`] | signals and the drain's deadline |
 //! | [`failpoint`](mod@failpoint) | where a test can have the daemon die |
 //! | [`stage`](mod@stage) | where a job's time goes |
@@ -62,6 +63,7 @@ pub mod cli;
 pub mod conditions;
 pub mod config;
 pub mod failpoint;
+pub mod finding;
 pub mod health;
 pub mod http;
 pub mod inquiry;

@@ -4,6 +4,8 @@
 //! an operator who set a limit by hand finds it as it was, and a daemon that wants another one says
 //! so and does not start.
 
+mod look;
+
 use std::fmt::{self, Display};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,6 +21,7 @@ use serde_json::Value;
 use crate::config::Streams;
 use crate::job::Priority;
 use crate::protocol::Subjects;
+pub use look::Sight;
 
 /// How long one answer of JetStream may take.
 pub const API_TIMEOUT: Duration = Duration::from_secs(5);
@@ -357,7 +360,11 @@ impl Topology {
                 }
             }
         }
-        if faults.is_empty() { Ok(()) } else { Err(SetupError::Unfit(faults.join("; "))) }
+        if faults.is_empty() {
+            return Ok(());
+        }
+        let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
+        Err(SetupError::Unfit(faults.join("; ")))
     }
 }
 
@@ -513,8 +520,23 @@ async fn ensure_consumer(
     }
 }
 
-/// What of a stream is not as wanted, a sentence each, with what to do about it.
-fn differences(found: &stream::Config, wanted: &stream::Config, fields: &[Field]) -> Vec<String> {
+/// Something that is not as wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// What is not as wanted, and how it should be.
+    pub what: String,
+    /// What to do about it.
+    pub remedy: String,
+}
+
+impl Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.what, self.remedy)
+    }
+}
+
+/// What of a stream is not as wanted.
+fn differences(found: &stream::Config, wanted: &stream::Config, fields: &[Field]) -> Vec<Fault> {
     let (found_json, wanted_json) = (json(found), json(wanted));
     let mut faults = Vec::new();
     for Field { name, setting, option } in fields.iter().chain(EVERY_STREAM) {
@@ -535,9 +557,10 @@ fn differences(found: &stream::Config, wanted: &stream::Config, fields: &[Field]
                 format!("run: nats stream edit {stream} {option}={value}")
             }
         };
-        faults.push(format!(
-            "stream {stream}: {name} is {is} and should be {should}: {by_setting}{by_edit}"
-        ));
+        faults.push(Fault {
+            what: format!("stream {stream}: {name} is {is} and should be {should}"),
+            remedy: format!("{by_setting}{by_edit}"),
+        });
     }
     faults
 }
@@ -546,7 +569,7 @@ fn consumer_differences(
     stream: &str,
     found: &consumer::Config,
     wanted: &pull::Config,
-) -> Vec<String> {
+) -> Vec<Fault> {
     let (found_json, wanted_json) = (json(found), json(wanted));
     let name = wanted.durable_name.as_deref().unwrap_or_default();
     [
@@ -572,9 +595,12 @@ fn consumer_differences(
             "" => format!("run: nats consumer rm {stream} {name}"),
             option => format!("run: nats consumer edit {stream} {name} {option}={should}"),
         };
-        Some(format!(
-            "consumer {name} of stream {stream}: {field} is {is} and should be {should}: {by_setting}{by_edit}"
-        ))
+        Some(Fault {
+            what: format!(
+                "consumer {name} of stream {stream}: {field} is {is} and should be {should}"
+            ),
+            remedy: format!("{by_setting}{by_edit}"),
+        })
     })
     .collect()
 }
@@ -667,6 +693,7 @@ mod tests {
             ..wanted.clone()
         };
         let faults = differences(&found, wanted, fields);
+        let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
         assert_eq!(
             faults,
             [
