@@ -5,6 +5,7 @@ mod cold;
 mod container;
 mod credentials;
 mod engine;
+pub mod examine;
 mod image;
 mod job_run;
 mod owner;
