@@ -9,6 +9,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 mod answer;
 mod cancel;
+mod check;
 mod client;
 mod context;
 mod dead_letters;
@@ -35,6 +36,7 @@ mod submit;
 pub use cancel::Cancel;
 pub use dead_letters::DeadLetters;
 pub use logs::Logs;
+pub use check::Check;
 pub use options::ConnectOptions;
 pub use ps::Ps;
 pub use result::ResultOf;
@@ -90,6 +92,12 @@ pub enum Command {
     Cancel(Cancel),
     /// Look after requests that could not be run.
     DeadLetters(DeadLetters),
+    /// Examine what the daemon needs, and say what to do about what is wrong.
+    ///
+    /// Reads the settings as the daemon would, and looks at NATS, the streams, the permissions, the
+    /// engine, the registries' credentials and the disk. Changes nothing. The exit code is 0 when
+    /// nothing failed, 1 when something did, and 78 when the settings are wrong.
+    Check(Check),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -130,6 +138,7 @@ impl Command {
             Self::Ps(command) => client(command.run()),
             Self::Logs(command) => client(command.run()),
             Self::DeadLetters(command) => client(command.run()),
+            Self::Check(command) => client(command.run()),
         }
     }
 }

@@ -16,6 +16,7 @@ mod big_objects;
 mod cancel;
 mod chaos;
 mod cli;
+mod check;
 mod commands;
 mod confinement;
 mod connections;

@@ -40,6 +40,11 @@ impl Settings {
         Self::new().set("DELIVERY", "jetstream")
     }
 
+    /// All of them, as environment variables.
+    pub(crate) fn vars(&self) -> &BTreeMap<String, String> {
+        &self.0
+    }
+
     pub(crate) fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(String::as_str)
     }

@@ -17,6 +17,7 @@ use futures::StreamExt;
 use tempfile::TempDir;
 
 use super::images::{self, Image};
+use super::nats::Tmpfs;
 use super::process::{self, Signal, bound_to_this_thread, children_of};
 use super::wait::{PATIENCE, eventually, within};
 
@@ -334,6 +335,8 @@ fn on_own_runtime(work: impl Future<Output = ()> + Send) {
 /// in the shared network namespace would fight over the bridge. Ending the first process of the
 /// namespaces takes the engine, its containerd, its shims, its containers and its mounts with it.
 pub(crate) struct PrivateEngine {
+    /// Where its data are, if that is a disk of its own; goes before the directory it is in.
+    _disk: Option<Tmpfs>,
     dir: TempDir,
     cgroup: String,
     holder: Child,
@@ -349,9 +352,22 @@ impl PrivateEngine {
         engine
     }
 
+    /// One that keeps its data on a disk of so many bytes. Mounting takes root.
+    pub(crate) async fn start_on_disk(size: usize) -> Self {
+        let mut engine = Self::absent_on(Some(size)).await;
+        engine.restart().await;
+        engine
+    }
+
     /// All of an engine but the engine.
     pub(crate) async fn absent() -> Self {
+        Self::absent_on(None).await
+    }
+
+    async fn absent_on(disk: Option<usize>) -> Self {
         let dir = tempfile::Builder::new().prefix("engine-").tempdir().unwrap();
+        // Before its namespaces are made, so that it is seen in them and outside.
+        let disk = disk.map(|size| Tmpfs::mount(dir.path().join("data"), size));
         let holder = bound_to_this_thread("unshare")
             .args(["--kill-child=KILL", "--pid", "--fork", "--mount", "--net", "--mount-proc"])
             // A shell in wait reaps what is orphaned to it.
@@ -362,7 +378,7 @@ impl PrivateEngine {
             .spawn()
             .expect("setpriv and unshare are needed");
         let cgroup = format!("/worker-spawner-test-{}", super::unique());
-        let mut engine = Self { dir, cgroup, holder, init: 0, dockerd: None };
+        let mut engine = Self { _disk: disk, dir, cgroup, holder, init: 0, dockerd: None };
         let parent = engine.holder.id();
         eventually("the engine's namespaces exist", || async move {
             // The name changes from unshare to sh once the namespaces and /proc are in place.

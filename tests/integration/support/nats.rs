@@ -27,6 +27,8 @@ pub(crate) enum Auth {
     Credentials,
     /// The daemon's user may do everything but ask JetStream for anything; the test's may.
     NoStreams,
+    /// The daemon's user may not listen to what is to be cancelled, nor publish results; the test's may.
+    Narrow,
     /// The user is of an account without JetStream, on a server where another has it.
     NoStreamsAccount,
 }
@@ -272,7 +274,7 @@ impl NatsServer {
         let mut settings = vec![("NATS_URL", self.url())];
         match self.options.auth {
             Auth::Open => {}
-            Auth::UserPassword | Auth::NoStreams | Auth::NoStreamsAccount => {
+            Auth::UserPassword | Auth::NoStreams | Auth::NoStreamsAccount | Auth::Narrow => {
                 settings.push(("NATS_USER", "worker".into()));
                 settings.push(("NATS_PASSWORD", PASSWORD.into()));
             }
@@ -311,7 +313,7 @@ impl NatsServer {
             Auth::UserPassword | Auth::NoStreamsAccount => {
                 options = options.user_and_password("worker".into(), PASSWORD.into())
             }
-            Auth::NoStreams => {
+            Auth::NoStreams | Auth::Narrow => {
                 options = options.user_and_password("observer".into(), PASSWORD.into())
             }
             Auth::Token => options = options.token(TOKEN.into()),
@@ -408,6 +410,14 @@ impl NatsServer {
                     "authorization {{ users: [ {{ user: observer, password: \"{PASSWORD}\" }}, \
                      {{ user: worker, password: \"{PASSWORD}\", \
                      permissions: {{ publish: {{ deny: [\"$JS.API.>\"] }} }} }} ] }}\n"
+                ));
+            }
+            Auth::Narrow => {
+                config.push_str(&format!(
+                    "authorization {{ users: [ {{ user: observer, password: \"{PASSWORD}\" }}, \
+                     {{ user: worker, password: \"{PASSWORD}\", permissions: {{ \
+                     subscribe: {{ deny: [\"functions.cancel\"] }}, \
+                     publish: {{ deny: [\"functions.results\"] }} }} }} ] }}\n"
                 ));
             }
             Auth::Token => config.push_str(&format!("authorization {{ token: \"{TOKEN}\" }}\n")),
@@ -511,12 +521,12 @@ fn copy_files(from: &Path, to: &Path) {
 }
 
 /// A file system in memory, gone when dropped.
-struct Tmpfs {
+pub(crate) struct Tmpfs {
     at: PathBuf,
 }
 
 impl Tmpfs {
-    fn mount(at: PathBuf, size: usize) -> Self {
+    pub(crate) fn mount(at: PathBuf, size: usize) -> Self {
         std::fs::create_dir(&at).unwrap();
         let options = std::ffi::CString::new(format!("size={size}")).unwrap();
         mount("worker-spawner-test", &at, "tmpfs", MountFlags::empty(), options.as_c_str())

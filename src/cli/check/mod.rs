@@ -1,0 +1,62 @@
+//! `check`: whether the daemon would find what it needs, and what to do where it would not.
+
+mod jetstream;
+mod nats;
+mod permissions;
+mod report;
+
+use clap::Args;
+
+use super::exit;
+use crate::backend::docker::examine;
+use crate::config::{Config, EX_CONFIG};
+use crate::finding::{Finding, Tell};
+use report::Report;
+
+/// The arguments of `check`.
+#[derive(Args, Debug)]
+pub struct Check {
+    /// Print a JSON array of what was found, at the end.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Check {
+    pub(super) async fn run(self) -> anyhow::Result<u8> {
+        let mut report = Report::new(self.json);
+        let config = match Config::from_env() {
+            Ok(config) => config,
+            Err(error) => {
+                for problem in error.problems() {
+                    report.add(Finding::fail(
+                        "settings",
+                        problem,
+                        "correct this environment variable; .env.example names them all",
+                    ));
+                }
+                report.finish()?;
+                return Ok(EX_CONFIG);
+            }
+        };
+        let mut tell = |finding| report.add(finding);
+        tell(Finding::ok("settings", "all of them can be used"));
+        of_nats(&config, &mut tell).await;
+        examine::examine(&config.docker, &config.confinement, &config.policy, &mut tell).await;
+        let failed = report.finish()?;
+        Ok(if failed { exit::FAILED } else { exit::OK })
+    }
+}
+
+async fn of_nats(config: &Config, tell: Tell<'_>) {
+    let Some(link) = nats::connect(config, tell).await else { return };
+    nats::max_payload(config, &link, tell);
+    let has_inboxes = permissions::inbox(config, &link, tell).await;
+    let durable = if has_inboxes {
+        jetstream::examine(config, &link, tell).await
+    } else {
+        tell(Finding::not_checked("jetstream", "its answers would come to an inbox"));
+        false
+    };
+    permissions::subscribe(config, &link, durable, tell).await;
+    permissions::publish(config, &link, durable, tell).await;
+}
