@@ -32,6 +32,7 @@ mod result;
 mod run;
 mod status;
 mod submit;
+mod top;
 
 pub use cancel::Cancel;
 pub use dead_letters::DeadLetters;
@@ -43,6 +44,7 @@ pub use result::ResultOf;
 pub use run::Run;
 pub use status::Status;
 pub use submit::Submit;
+pub use top::Top;
 
 /// Runs containerised functions that are requested over NATS.
 #[derive(Debug, Parser)]
@@ -92,6 +94,8 @@ pub enum Command {
     Cancel(Cancel),
     /// Look after requests that could not be run.
     DeadLetters(DeadLetters),
+    /// Watch workers, queue, outcomes and jobs live, on a terminal.
+    Top(Top),
     /// Examine what the daemon needs, and say what to do about what is wrong.
     ///
     /// Reads the settings as the daemon would, and looks at NATS, the streams, the permissions, the
@@ -138,6 +142,7 @@ impl Command {
             Self::Ps(command) => client(command.run()),
             Self::Logs(command) => client(command.run()),
             Self::DeadLetters(command) => client(command.run()),
+            Self::Top(command) => client(command.run()),
             Self::Check(command) => client(command.run()),
         }
     }

@@ -41,4 +41,5 @@ mod service;
 mod settings;
 mod support;
 mod traces;
+mod top;
 mod warm;

@@ -18,6 +18,7 @@ pub(crate) mod proxy;
 pub(crate) mod registry;
 pub(crate) mod results;
 pub(crate) mod runs;
+pub(crate) mod screen;
 pub(crate) mod specification;
 pub(crate) mod streams;
 pub(crate) mod tar;
