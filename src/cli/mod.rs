@@ -1,7 +1,7 @@
 //! The command line: what the one binary can be told to do.
 //!
 //! Without a subcommand it is the daemon. The others are clients of it over NATS, and know of it
-//! only what [`crate::protocol`] says.
+//! only what [`crate::protocol`] says; `check` alone looks at what the daemon would find.
 
 use std::path::PathBuf;
 
