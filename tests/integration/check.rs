@@ -244,6 +244,25 @@ async fn what_the_nats_user_may_not_do_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn the_documented_permissions_are_enough() {
+    for version in NatsVersion::all() {
+        let options = NatsOptions { auth: Auth::Documented, ..NatsOptions::durable(version) };
+        let nats = NatsServer::with(options).await;
+        let settings = Settings::jetstream().nats(&nats);
+        let mut daemon = Daemon::spawn(&settings);
+        daemon.wait_ready().await;
+        let checked = check(&settings).await;
+        assert_eq!(checked.code, Some(0), "{:#?}", checked.findings);
+        for name in ["inbox", "jetstream", "streams", "subscribe"] {
+            checked.is_ok(name);
+        }
+        if version == NatsVersion::Current {
+            checked.is_ok("publish");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn an_engine_that_is_not_there_or_not_for_us_is_found() {
     let nats = NatsServer::start().await;
     let at =

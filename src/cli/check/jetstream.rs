@@ -251,3 +251,40 @@ impl Account {
         format!("this account has it, with {} streams and {used} in files", self.streams)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::finding::Status;
+
+    fn found(account: &str, missing: u64) -> Vec<Finding> {
+        let config = Config::from_vars(std::iter::empty()).unwrap();
+        let account: Account = serde_json::from_str(account).unwrap();
+        let missing = vec![("functions_queue".to_owned(), missing)];
+        let sight = Sight { missing, ..Sight::default() };
+        let mut all = Vec::new();
+        room(&config, &account, &sight, &mut |finding| all.push(finding));
+        all
+    }
+
+    #[test]
+    fn what_an_account_has_left_is_told() {
+        const GIB: u64 = 1 << 30;
+        // As older servers answer, and as newer ones.
+        for (account, missing, wanted) in [
+            (r#"{"limits": {"max_storage": -1}}"#, GIB, Status::NotChecked),
+            (r#"{"storage": 7, "limits": {"max_storage": 2147483648}}"#, GIB, Status::Ok),
+            (r#"{"limits": {"max_storage": 1000}}"#, GIB, Status::Fail),
+            (r#"{"storage": 950, "limits": {"max_storage": 1000}}"#, 0, Status::Warn),
+            (r#"{"reserved_storage": 950, "limits": {"max_storage": 1000}}"#, 60, Status::Fail),
+            (r#"{"memory": 950, "limits": {"max_memory": 1000}}"#, GIB, Status::NotChecked),
+        ] {
+            let all = found(account, missing);
+            assert_eq!(all.first().map(|f| f.status), Some(wanted), "{account}: {all:?}");
+        }
+        let streams = found(r#"{"streams": 4, "limits": {"max_streams": 4}}"#, 0);
+        assert_eq!(streams.last().map(|f| (f.check, f.status)), Some((STREAMS, Status::Fail)));
+    }
+}

@@ -159,22 +159,25 @@ fn published(config: &Config, durable: bool) -> Vec<String> {
         &Names::new(subjects, &config.queue_group);
     let (jobs_stream, objects_stream) = (format!("KV_{jobs}"), format!("OBJ_{objects}"));
     all.extend([subjects.execute.clone(), subjects.execute_at(Priority::Low)]);
-    let streams = [queue, results, dead_letters, advisories, &jobs_stream];
-    all.extend(streams.iter().flat_map(|stream| {
-        ["INFO", "CREATE"].map(|verb| format!("$JS.API.STREAM.{verb}.{stream}"))
-    }));
+    all.extend(["$JS.API.INFO".to_owned(), format!("$KV.{jobs}.*")]);
+    for stream in [queue, results, dead_letters, advisories, &jobs_stream] {
+        all.extend(["INFO", "CREATE"].map(|verb| format!("$JS.API.STREAM.{verb}.{stream}")));
+    }
     for stream in [queue, advisories] {
-        all.push(format!("$JS.API.CONSUMER.INFO.{stream}.*"));
-        all.push(format!("$JS.API.CONSUMER.CREATE.{stream}.>"));
-        all.push(format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.*"));
+        let api = |what: &str| format!("$JS.API.CONSUMER.{what}.{stream}");
+        all.push(format!("{}.*", api("INFO")));
+        all.push(format!("{}.>", api("CREATE")));
+        all.push(format!("{}.*", api("MSG.NEXT")));
         all.push(format!("$JS.ACK.{stream}.>"));
     }
-    all.push(format!("$JS.API.STREAM.MSG.DELETE.{queue}"));
+    all.push(format!("$JS.API.DIRECT.GET.{queue}"));
+    all.extend(["GET", "DELETE"].map(|verb| format!("$JS.API.STREAM.MSG.{verb}.{queue}")));
     all.push(format!("$JS.API.DIRECT.GET.{jobs_stream}.>"));
-    all.push(format!("$KV.{jobs}.*"));
     if config.object_limit > 0 {
-        all.push(format!("$JS.API.STREAM.INFO.{objects_stream}"));
-        all.push(format!("$JS.API.STREAM.CREATE.{objects_stream}"));
+        let verbs = ["INFO", "CREATE", "PURGE"];
+        all.extend(verbs.map(|verb| format!("$JS.API.STREAM.{verb}.{objects_stream}")));
+        all.push(format!("$JS.API.DIRECT.GET.{objects_stream}.>"));
+        all.push(format!("$JS.API.CONSUMER.CREATE.{objects_stream}.>"));
         all.push(format!("$O.{objects}.>"));
     }
     all

@@ -29,6 +29,8 @@ pub(crate) enum Auth {
     NoStreams,
     /// The daemon's user may not listen to what is to be cancelled, nor publish results; the test's may.
     Narrow,
+    /// The users and the permissions that the README gives the daemon and its callers.
+    Documented,
     /// The user is of an account without JetStream, on a server where another has it.
     NoStreamsAccount,
 }
@@ -274,7 +276,11 @@ impl NatsServer {
         let mut settings = vec![("NATS_URL", self.url())];
         match self.options.auth {
             Auth::Open => {}
-            Auth::UserPassword | Auth::NoStreams | Auth::NoStreamsAccount | Auth::Narrow => {
+            Auth::UserPassword
+            | Auth::NoStreams
+            | Auth::NoStreamsAccount
+            | Auth::Narrow
+            | Auth::Documented => {
                 settings.push(("NATS_USER", "worker".into()));
                 settings.push(("NATS_PASSWORD", PASSWORD.into()));
             }
@@ -315,6 +321,9 @@ impl NatsServer {
             }
             Auth::NoStreams | Auth::Narrow => {
                 options = options.user_and_password("observer".into(), PASSWORD.into())
+            }
+            Auth::Documented => {
+                options = options.user_and_password("caller".into(), PASSWORD.into())
             }
             Auth::Token => options = options.token(TOKEN.into()),
             Auth::Nkey => {
@@ -419,6 +428,15 @@ impl NatsServer {
                      subscribe: {{ deny: [\"functions.cancel\"] }}, \
                      publish: {{ deny: [\"functions.results\"] }} }} }} ] }}\n"
                 ));
+            }
+            Auth::Documented => {
+                let readme = include_str!("../../../README.md");
+                let (_, block) = readme.split_once("```text\nauthorization {").unwrap();
+                let (block, _) = block.split_once("```").unwrap();
+                let quoted = format!("\"{PASSWORD}\"");
+                let block = block.replace("$WORKER_PASSWORD", &quoted);
+                let block = block.replace("$CALLER_PASSWORD", &quoted);
+                config.push_str(&format!("authorization {{{block}"));
             }
             Auth::Token => config.push_str(&format!("authorization {{ token: \"{TOKEN}\" }}\n")),
             Auth::Nkey => {
