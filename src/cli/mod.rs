@@ -35,9 +35,9 @@ mod submit;
 mod top;
 
 pub use cancel::Cancel;
+pub use check::Check;
 pub use dead_letters::DeadLetters;
 pub use logs::Logs;
-pub use check::Check;
 pub use options::ConnectOptions;
 pub use ps::Ps;
 pub use result::ResultOf;

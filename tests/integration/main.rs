@@ -2,21 +2,17 @@
 //! real registry. What is looked at is what users see: messages, containers, exit codes, logs.
 //!
 //! Needed on the PATH: nats-server, docker-registry, htpasswd, busybox (static), prometheus,
-//! promtool, setpriv, unshare and nsenter; a Docker engine at DOCKER_HOST or the usual socket; and, for the tests that stop,
-//! kill and freeze an engine, root and dockerd. WORKER_SPAWNER_TEST_LONG=1 asks for the forms that
-//! take many minutes.
-//! Needed on the PATH: nats-server, docker-registry, htpasswd, busybox (static), setpriv, unshare,
-//! nsenter and script; a Docker engine at DOCKER_HOST or the usual socket; and, for the tests that
-//! stop, kill and freeze an engine, root and dockerd. WORKER_SPAWNER_TEST_LONG=1 asks for the forms
-//! that take many minutes.
+//! promtool, setpriv, unshare, nsenter and script; a Docker engine at DOCKER_HOST or the usual
+//! socket; and, for the tests that stop, kill and freeze an engine, root and dockerd.
+//! WORKER_SPAWNER_TEST_LONG=1 asks for the forms that take many minutes.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod big_objects;
 mod cancel;
 mod chaos;
-mod cli;
 mod check;
+mod cli;
 mod commands;
 mod confinement;
 mod connections;
@@ -40,6 +36,6 @@ mod servers;
 mod service;
 mod settings;
 mod support;
-mod traces;
 mod top;
+mod traces;
 mod warm;
