@@ -4,6 +4,7 @@ mod discovery;
 mod durable;
 mod observed;
 mod reload;
+mod supervised;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -36,6 +37,7 @@ use discovery::{Tallies, service};
 use durable::{Durable, durable};
 use observed::Observed;
 use reload::{Reloader, runner_rules};
+use supervised::supervised;
 
 /// Beyond the stopped functions' own grace and what they print: time to remove and to flush.
 const LAST_RITES: Duration = Duration::from_secs(10);
@@ -65,6 +67,7 @@ pub async fn run(
             return Ok(EX_CONFIG);
         }
     };
+    let _supervised = supervised(&observed, &shutdown, &config);
     crate::protocol::request::warm_up();
     let worker = instance_name();
     let backend: Arc<dyn Backend> = match Docker::new(docker_options(&config, &worker)) {

@@ -39,6 +39,7 @@
 //! | [`http`] | where whoever watches the daemon asks |
 //! | [`runner`] | one delivery to exactly one outcome |
 //! | [`state`] | job records, and who has the right to change one |
+//! | [`notify`] | what a service manager is told |
 //! | [`objects`] | inputs and outputs that no message holds |
 //! | [`capture`] | what a function prints, kept for its outcome |
 //! | [`live`] | what a function prints, published while it runs |
@@ -73,6 +74,7 @@ pub mod live;
 pub mod log;
 pub mod metrics;
 pub mod nats;
+pub mod notify;
 pub mod objects;
 pub mod orders;
 pub mod protocol;

@@ -26,7 +26,10 @@ pub(super) struct Observed {
     /// For the parts that have something to report.
     pub(super) metrics: Metrics,
     exposition: Exposition,
-    ready: Conditions,
+    /// Whether a restart would not mend anything.
+    pub(super) alive: Conditions,
+    /// Whether requests are taken and can be run.
+    pub(super) ready: Conditions,
     started: Arc<AtomicBool>,
     listener: Option<AbortOnDropHandle<()>>,
 }
@@ -67,7 +70,7 @@ impl Observed {
                 let listener = Listener::bind(addr).await?;
                 let addr = listener.addr;
                 tracing::info!(%addr, "metrics and health are served");
-                let (ready, shown) = (ready.clone(), exposition.clone());
+                let (alive, ready, shown) = (alive.clone(), ready.clone(), exposition.clone());
                 let answers = Answers {
                     alive: Box::new(move || alive.failing()),
                     ready: Box::new(move || ready.failing()),
@@ -80,7 +83,7 @@ impl Observed {
                 Some(AbortOnDropHandle::new(tokio::spawn(listener.serve(answers))))
             }
         };
-        Ok(Self { metrics, exposition, ready, started, listener })
+        Ok(Self { metrics, exposition, alive, ready, started, listener })
     }
 
     /// Whether anybody can look.

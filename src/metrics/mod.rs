@@ -107,6 +107,12 @@ impl Metrics {
         self.ongoing(|counts| &counts.running)
     }
 
+    /// How many functions are being started or run.
+    #[must_use]
+    pub fn jobs_running(&self) -> u64 {
+        self.0.running.load(Ordering::Relaxed)
+    }
+
     /// Somebody waits for a slot, whose request is kept nowhere but here.
     #[must_use]
     pub fn caller_waits(&self) -> Ongoing {

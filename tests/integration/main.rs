@@ -26,6 +26,7 @@ mod lifecycle;
 mod limits;
 mod live_logs;
 mod load;
+mod notify;
 mod outputs;
 mod priorities;
 mod records;
