@@ -1,7 +1,7 @@
 # `make` lists what there is. What they run is in scripts/, which says more.
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-long test-engine-current soak fuzz bench bench-long services services-stop image-check specifications lint fmt deny ci clean
+.PHONY: help build demo test test-long test-engine-current soak fuzz bench bench-long services services-stop image-check package package-check specifications lint fmt deny ci clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,12 @@ services-stop: ## Stop what `make services` started
 
 image-check: ## Build and run the Dockerfile and docker-compose.yml with base images made from local files
 	@scripts/image-check.sh
+
+package: ## Build the Debian package from the release binary: target/debian/
+	@scripts/package.sh
+
+package-check: ## Install the Debian package in a system of its own, run, upgrade and purge it
+	@scripts/package-check.sh
 
 specifications: ## Write the schemas and the AsyncAPI document of the messages anew
 	@scripts/specifications.sh write

@@ -74,7 +74,9 @@ package_of() {
     busybox) echo busybox-static ;;
     htpasswd) echo apache2-utils ;;
     promtool) echo prometheus ;;
+    dpkg-shlibdeps) echo dpkg-dev ;;
     ip) echo iproute2 ;;
+    systemd-analyze) echo systemd ;;
     ps | pgrep | pkill) echo procps ;;
     unshare | nsenter | flock | findmnt | setsid | setpriv | pivot_root) echo util-linux ;;
     cc) echo gcc libc6-dev ;;
