@@ -24,9 +24,9 @@ FUNCTION_IMAGE=worker-spawner-package-check/busybox:latest
 make_tree() {
     local release archive part
     release="$(. /etc/os-release && echo "${VERSION_CODENAME:?}")"
-    archive="$ROOT/.tools/debian-$release-1.tar"
+    archive="$ROOT/.tools/debian-$release-2.tar"
     if [[ ! -f $archive ]]; then
-        debootstrap --variant=minbase --include=adduser,man-db,bash-completion,zsh,fish,systemd \
+        debootstrap --variant=minbase --include=adduser,procps,man-db,bash-completion,zsh,fish,systemd \
             "$release" "$WORK/fresh" >"$WORK/debootstrap.log" 2>&1 ||
             { tail -n 20 "$WORK/debootstrap.log" >&2; die "debootstrap failed"; }
         rm -rf "$WORK/fresh"/var/{cache/apt/archives/*.deb,lib/apt/lists/*}
@@ -43,7 +43,7 @@ make_tree() {
 }
 
 inside() {
-    chroot "$TREE" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive \
+    chroot "$TREE" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive \
         "$@" </dev/null
 }
 
@@ -156,23 +156,25 @@ check_completions() {
 
 # --- A system that runs ----------------------------------------------------------------------------------------------
 
-# boot: systemd as process 1 of namespaces of its own, but for the network, where NATS is. Everything it could change
-# outside them is read-only: /sys, and the kernel's settings.
+# boot: systemd as process 1 of namespaces of its own, but for the network, where NATS is. What it writes
+# is gone with it, and what it could change outside is read-only: /sys, and the kernel's settings.
 boot() {
     local hierarchy
     hierarchy="$(findmnt -n -t cgroup2 -o TARGET | head -n 1)"
     [[ -n $hierarchy ]] || die "there are no control groups of version 2 for systemd"
     CGROUP="$hierarchy/worker-spawner-package-check.$$"
-    mkdir "$CGROUP"
+    mkdir "$CGROUP" "$WORK/booted"
     at_exit "remove_cgroups"
     at_exit "power_off"
     # shellcheck disable=SC2016 # for the shell in the namespaces
     bash -c 'echo $$ >"$1/cgroup.procs" && exec unshare --pid --mount --uts --ipc --cgroup --fork --kill-child \
-        bash -c "$3" boot "$2"' boot "$CGROUP" "$TREE" '
+        bash -c "$4" boot "$2" "$3"' boot "$CGROUP" "$TREE" "$WORK/booted" '
         set -e
         mount --make-rprivate /
-        mount --rbind "$1" "$1"
-        cd "$1"
+        mount -t tmpfs tmpfs "$2"
+        mkdir "$2"/{changes,work,root}
+        mount -t overlay -o "lowerdir=$1,upperdir=$2/changes,workdir=$2/work" overlay "$2/root"
+        cd "$2/root"
         mount -t proc proc proc
         mount --bind proc/sys proc/sys
         mount -o remount,bind,ro proc/sys
@@ -185,12 +187,14 @@ boot() {
             touch "dev/$device"
             mount --bind "/dev/$device" "dev/$device"
         done
+        mkdir dev/pts
+        mount -t devpts -o newinstance,ptmxmode=0666,mode=620,gid=5 devpts dev/pts
+        ln -s pts/ptmx dev/ptmx
         touch run/docker.sock
         mount --bind "$(readlink -f /var/run/docker.sock)" run/docker.sock
         # Services with a view of their own of the files take a root that is a mount.
         pivot_root . mnt
-        exec chroot . sh -c "umount -l /mnt && exec env -i container=other PATH=/usr/sbin:/usr/bin \\
-            /lib/systemd/systemd --system --log-target=console"
+        exec chroot . sh -c "umount -l /mnt && exec env -i container=other PATH=/usr/sbin:/usr/bin /lib/systemd/systemd"
         ' >"$WORK/console" 2>&1 </dev/null &
     BOOTED=$!
     wait_until 60 process_one || { cat "$WORK/console" >&2; die "systemd did not start"; }
@@ -204,8 +208,10 @@ runs_units() { booted systemctl is-system-running 2>/dev/null | grep -q -e runni
 
 # With the process that has the namespaces go all the others in them.
 power_off() {
-    if [[ -n ${INIT-} ]]; then kill -KILL "$INIT" 2>/dev/null; fi
-    if [[ -n ${BOOTED-} ]]; then wait "$BOOTED" 2>/dev/null; fi
+    if [[ -n ${INIT-} ]]; then kill -KILL "$INIT" 2>/dev/null || true; fi
+    # It ends as killed as it was.
+    if [[ -n ${BOOTED-} ]]; then wait "$BOOTED" 2>/dev/null || true; fi
+    INIT='' BOOTED=''
 }
 remove_cgroups() { wait_until 10 eval "find '$CGROUP' -depth -type d -exec rmdir {} + 2>/dev/null; [[ ! -d '$CGROUP' ]]"; }
 
@@ -217,7 +223,7 @@ restarted() { [[ $(property NRestarts) == "$1" ]] && status_is "ready; 0 jobs ru
 # wait_for SECONDS COMMAND…: or shows what the service says of itself.
 wait_for() {
     wait_until "$@" && return
-    { booted systemctl status --no-pager --full $UNIT; cat "$WORK/console"; } >&2 || true
+    { booted systemctl status --no-pager --full $UNIT; booted journalctl --no-pager --lines=50; cat "$WORK/console"; } >&2 || true
     die "not within $1 s: ${*:2}"
 }
 
@@ -229,15 +235,22 @@ start_nats() {
     nats-server -a 127.0.0.1 -p "$NATS_PORT" -js -sd "$WORK/nats" >>"$WORK/nats.log" 2>&1 &
     NATS_PID=$!
 }
-stop_nats() { stop_process "$NATS_PID" 5; }
+stop_nats() {
+    [[ -z $NATS_PID ]] || stop_process "$NATS_PID" 5
+    NATS_PID=''
+}
 
-# The drop-in stands for CONFFILE, which root may read and an engine's stand-in has no use for.
+function_says() {
+    booted env NATS_URL="nats://127.0.0.1:$NATS_PORT" SUBJECT_PREFIX=package-check \
+        $PACKAGE run $FUNCTION_IMAGE -- echo "$@" 2>/dev/null
+}
+
+# The check's own settings are in a drop-in, so that the file is as it was installed when it comes to the upgrade.
 check_service() {
-    local nats_url main
+    local main
     NATS_PORT="$(free_port)"
-    nats_url="nats://127.0.0.1:$NATS_PORT"
     mkdir -p "$TREE/etc/systemd/system/$UNIT.d"
-    printf '[Service]\nEnvironment=NATS_URL=%s WARM_CONTAINERS=0 SUBJECT_PREFIX=package-check\n' "$nats_url" \
+    printf '[Service]\nEnvironment=NATS_URL=nats://127.0.0.1:%s WARM_CONTAINERS=0 SUBJECT_PREFIX=package-check\n' "$NATS_PORT" \
         >"$TREE/etc/systemd/system/$UNIT.d/check.conf"
     boot
     # Enabled, so it is started with the system; and it is up though NATS is not there.
@@ -247,8 +260,7 @@ check_service() {
     at_exit stop_nats
     wait_for 60 status_is "ready; 0 jobs running"
     # Confined as it is, it reaches the engine.
-    expect "a function's output" "Hello from a unit!" booted env NATS_URL="$nats_url" SUBJECT_PREFIX=package-check \
-        $PACKAGE run $FUNCTION_IMAGE -- echo 'Hello from a unit!'
+    expect "a function's output" "Hello from a unit!" function_says "Hello from a unit!"
     stop_nats
     wait_for 30 status_is "nats: there is no connection; 0 jobs running"
     start_nats
