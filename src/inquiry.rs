@@ -91,7 +91,7 @@ impl Inquiries {
             None => "runs just now; without JetStream no record is kept, and none",
         };
         Err(JobError::new(
-            code::JOB_UNKNOWN,
+            by_id::JOB_UNKNOWN,
             format!("no job {id} {known} is known to have been asked for"),
         ))
     }

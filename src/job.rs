@@ -296,8 +296,6 @@ pub mod code {
     pub const JOB_EXPIRED: &str = "job.expired";
     /// The job was delivered `MAX_DELIVER` times, and no worker said what became of it.
     pub const MAX_DELIVER: &str = "job.max_deliver";
-    /// No worker knows of the job.
-    pub const JOB_UNKNOWN: &str = "job.unknown";
     /// The worker shut down before the function ended.
     pub const JOB_STOPPED: &str = "job.stopped";
     /// The worker shut down before the job began.

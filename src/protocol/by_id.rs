@@ -6,6 +6,9 @@ use serde_json::{Value, json};
 use super::request::{Object, kind, parse, quote};
 use crate::job::{InvalidJobId, JobError, JobId, code};
 
+/// The code of the refusal that no worker knows of the job. No outcome has it.
+pub const JOB_UNKNOWN: &str = "job.unknown";
+
 /// The longest request: an id with room to spare.
 const MAX_REQUEST: usize = 1024;
 

@@ -1,5 +1,6 @@
 //! The headers of a message on the results subject.
 
+use super::by_id;
 use crate::job::{JobError, JobId, ObjectRef, Outcome, code};
 use crate::trace::TraceContext;
 
@@ -44,7 +45,7 @@ pub const SERVICE_ERROR_CODE: &str = "Nats-Service-Error-Code";
 #[must_use]
 pub fn of_refusal(error: &JobError) -> Vec<(&'static str, String)> {
     let number = match error.code.as_ref() {
-        code::JOB_UNKNOWN => 404,
+        by_id::JOB_UNKNOWN => 404,
         code::BUSY | code::JETSTREAM_UNAVAILABLE => 503,
         _ => 400,
     };
