@@ -245,6 +245,9 @@ function_says() {
         $PACKAGE run $FUNCTION_IMAGE -- echo "$@" 2>/dev/null
 }
 
+# says PATTERN: the service's log has such a line.
+says() { booted journalctl --no-pager --unit=$UNIT | grep -q -- "$1"; }
+
 # The check's own settings are in a drop-in, so that the file is as it was installed when it comes to the upgrade.
 check_service() {
     local main
@@ -265,6 +268,12 @@ check_service() {
     wait_for 30 status_is "nats: there is no connection; 0 jobs running"
     start_nats
     wait_for 60 status_is "ready; 0 jobs running"
+    # A changed setting is taken up; then the file is as it was installed again.
+    cp -p "$TREE$CONFFILE" "$WORK/settings"
+    echo PIDS_LIMIT=99 >>"$TREE$CONFFILE"
+    booted systemctl reload $UNIT
+    wait_for 30 says 'the settings were read again.*PIDS_LIMIT'
+    cp -p "$WORK/settings" "$TREE$CONFFILE"
     # One that stands still is started again, by the watchdog.
     main="$(property MainPID)"
     booted kill -STOP "$main"

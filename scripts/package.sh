@@ -41,9 +41,11 @@ stage() {
 settings_file() {
     cat <<'HEADER'
 # Settings of the service worker-spawner, as lines NAME=value. What is commented out has the default that it shows.
-# `systemctl restart worker-spawner` has them all read again.
+# `systemctl reload worker-spawner` has limits, the allow-list, slots, warm containers and the log's filter taken up, and
+# names in the log what takes a `systemctl restart worker-spawner`.
 HEADER
-    tail -n +2 .env.example | sed 's/^\([A-Z]\)/# \1/'
+    # This is the file that CONFIG_FILE names.
+    tail -n +2 .env.example | sed '/^# File of settings/,$d' | sed 's/^\([A-Z]\)/# \1/'
 }
 
 package() {
