@@ -42,6 +42,8 @@ limit_each_program() {
 # Temporary files go to a directory of their own, which must be empty at the end.
 private_temporary_files() {
     TMPDIR="$(mktemp -d /tmp/worker-spawner-test.XXXXXX)"
+    # Some tests give up being root, and still have to find their way.
+    chmod 0711 "$TMPDIR"
     export TMPDIR
     at_exit "rm -rf --one-file-system '$TMPDIR'"
     # Of a test that was killed: a disk of a server's own.

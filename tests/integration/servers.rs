@@ -212,14 +212,16 @@ async fn the_ledger_shows_what_the_streams_hold() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn events_are_collected_in_order() {
+    const AT: &str = "2030-01-31T12:00:00Z";
     let server = NatsServer::start().await;
     let client = server.client().await;
     let events = Events::of(&client, "a").await;
     for (id, state) in [("a", "running"), ("b", "queued"), ("a", "ended")] {
-        let event = json!({"id": id, "state": state});
+        let event = json!({"id": id, "state": state, "updated_at": AT});
         client.publish(format!("functions.events.{id}"), event.to_string().into()).await.unwrap();
     }
-    assert_eq!(events.wait_for("ended").await, json!({"id": "a", "state": "ended"}));
+    let ended = json!({"id": "a", "state": "ended", "updated_at": AT});
+    assert_eq!(events.wait_for("ended").await, ended);
     assert_eq!(events.states(), ["running", "ended"]);
 }
 
