@@ -53,7 +53,7 @@ impl Function {
         let began = Instant::now();
         let pid = sys::spawn(&program).map_err(|error| match error {
             SpawnError::Exec(errno) => Refusal { step: Step::Exec, errno },
-            SpawnError::Fork(error) => refusal(Step::Other, &error),
+            SpawnError::Clone(error) => refusal(Step::Other, &error),
         })?;
         Ok(Self { pid, began, stdin, stdout: Some(stdout), stderr: Some(stderr) })
     }

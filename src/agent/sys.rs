@@ -3,9 +3,9 @@
 //!
 //! The declarations hold for x86-64 and AArch64 Linux with glibc and musl, which agree in all of them.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_long, c_ulong};
+use std::ffi::{CStr, CString, c_char, c_int, c_long, c_ulong, c_void};
 use std::fs::File;
-use std::io::{self, PipeReader, Read};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::time::Duration;
@@ -53,6 +53,8 @@ const O_CLOEXEC: c_int = 0o2_000_000;
 const SIG_SETMASK: c_int = 2;
 const WNOHANG: c_int = 1;
 const RUSAGE_CHILDREN: c_int = -1;
+const CLONE_VM: c_int = 0x100;
+const CLONE_VFORK: c_int = 0x4000;
 
 /// As `struct pollfd`.
 #[repr(C)]
@@ -87,11 +89,16 @@ struct Rusage {
 }
 
 unsafe extern "C" {
-    safe fn _exit(code: c_int) -> !;
+    fn clone(
+        child: extern "C" fn(*mut c_void) -> c_int,
+        stack: *mut c_void,
+        flags: c_int,
+        argument: *mut c_void,
+        ...
+    ) -> c_int;
     fn dup2(old: RawFd, new: RawFd) -> RawFd;
     fn execve(path: *const c_char, argv: *const *const c_char, env: *const *const c_char) -> c_int;
     fn fcntl(fd: RawFd, command: c_int, ...) -> c_int;
-    fn fork() -> c_int;
     fn getrusage(who: c_int, usage: *mut Rusage) -> c_int;
     #[link_name = "kill"]
     safe fn c_kill(pid: c_int, signal: c_int) -> c_int;
@@ -270,8 +277,7 @@ pub fn usage_of_children() -> (u64, u64) {
     (us(usage.user) + us(usage.system), usage.max_rss_kib.unsigned_abs() * 1024)
 }
 
-/// A program to be executed, with all that takes memory made beforehand: between fork and exec there
-/// is nothing but system calls.
+/// A program to be executed.
 pub struct Program<'a> {
     /// Where it may be, in the order in which to look.
     pub candidates: &'a [CString],
@@ -286,52 +292,64 @@ pub enum SpawnError {
     /// The program could not be executed.
     Exec(i32),
     /// It did not come to that.
-    Fork(io::Error),
+    Clone(io::Error),
 }
+
+/// What a child needs to become the program: all that takes memory is made beforehand.
+struct Child<'a> {
+    program: &'a Program<'a>,
+    argv: Vec<*const c_char>,
+    /// The arguments of the shell, for a script that names no interpreter. Its own place, the second,
+    /// is filled in when it is known.
+    script: Vec<*const c_char>,
+    env: Vec<*const c_char>,
+    /// Why it could not be executed; 0 where it was.
+    errno: i32,
+}
+
+/// Room for what [`become_program`] calls: system calls, and little between them.
+const CHILD_STACK: usize = 32 << 10;
 
 /// Executes the program in a process group of its own, and returns its process' number once it runs.
+///
+/// The child borrows this process' memory until it executes the program: a fork would copy the tables
+/// of its pages for that, on a request's way. The C library's `posix_spawn` does the same, but has the
+/// program ignore the signals that the library keeps for itself.
 pub fn spawn(program: &Program<'_>) -> Result<i32, SpawnError> {
     const SHELL: &CStr = c"/bin/sh";
-    let env = pointers(program.env.iter());
     let argv = pointers(program.argv.iter());
-    // For a script that names no interpreter. Its own place is filled in when it is known.
     let mut script = vec![SHELL.as_ptr(), ptr::null()];
     script.extend(argv.iter().skip(1));
-    let (mut failure, report) = io::pipe().map_err(SpawnError::Fork)?;
-    let report_fd = report.as_raw_fd();
-
-    // SAFETY: this process has one thread, so the child may do what its parent might; it does system
-    // calls alone, and returns never.
-    let pid = check(unsafe { fork() }).map_err(SpawnError::Fork)?;
-    if pid == 0 {
-        // It cannot fail in a new child that is no leader of a session.
-        setpgid(0, 0);
-        for (fd, place) in program.stdio.iter().zip(0..) {
-            // SAFETY: the places are those of the parent's own standard streams, which this process
-            // has no use for; nothing owns them here.
-            unsafe { dup2(fd.as_raw_fd(), place) };
-        }
-        let none = SignalSet([0; 16]);
-        // SAFETY: the set is valid, and the old one is not asked for.
-        unsafe { sigprocmask(SIG_SETMASK, &none, ptr::null_mut()) };
-        let errno = execute(program.candidates, &argv, &mut script, &env);
-        // SAFETY: nothing else in this process uses the descriptor, and `_exit` drops nothing.
-        let mut report = unsafe { File::from_raw_fd(report_fd) };
-        // Where it cannot be written, the exit code below is all there is to be known.
-        let _ = io::Write::write_all(&mut report, &errno.to_ne_bytes());
-        _exit(127);
-    }
-    drop(report);
-    match read_errno(&mut failure) {
-        None => Ok(pid),
-        Some(errno) => Err(SpawnError::Exec(errno)),
-    }
+    let env = pointers(program.env.iter());
+    let mut child = Child { program, argv, script, env, errno: 0 };
+    let mut stack = vec![0_u128; CHILD_STACK / size_of::<u128>()];
+    let top = stack.as_mut_ptr_range().end.cast();
+    let flags = CLONE_VM | CLONE_VFORK | SIGCHLD;
+    // SAFETY: the child runs on a stack of its own, aligned as it is to be, and is given what only it
+    // touches: this process, which has one thread, stands still until the child has executed the
+    // program or ended. No handler can run in between, for no signal has one.
+    let pid = check(unsafe { clone(become_program, top, flags, (&raw mut child).cast()) });
+    let pid = pid.map_err(SpawnError::Clone)?;
+    if child.errno == 0 { Ok(pid) } else { Err(SpawnError::Exec(child.errno)) }
 }
 
-/// The child's error, or nothing once a successful exec has closed its end of the pipe.
-fn read_errno(failure: &mut PipeReader) -> Option<i32> {
-    let mut errno = [0; 4];
-    failure.read_exact(&mut errno).ok().map(|()| i32::from_ne_bytes(errno))
+/// A child's life. What it returns is its exit code.
+extern "C" fn become_program(child: *mut c_void) -> c_int {
+    // SAFETY: what `spawn` passes, and waits for.
+    let child = unsafe { &mut *child.cast::<Child<'_>>() };
+    // It cannot fail in a new child that is no leader of a session.
+    setpgid(0, 0);
+    for (fd, place) in child.program.stdio.iter().zip(0..) {
+        // SAFETY: the places are those of the parent's own standard streams, of which this process has
+        // a copy that it has no use for.
+        unsafe { dup2(fd.as_raw_fd(), place) };
+    }
+    let none = SignalSet([0; 16]);
+    // SAFETY: the set is valid, and the old one is not asked for.
+    unsafe { sigprocmask(SIG_SETMASK, &none, ptr::null_mut()) };
+    child.errno =
+        execute(child.program.candidates, &child.argv, &mut child.script, &child.env);
+    127
 }
 
 /// Does as glibc's `execvp`, which is what tini calls; musl's knows no scripts without an interpreter.
