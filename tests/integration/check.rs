@@ -75,11 +75,50 @@ impl Checked {
         assert_eq!(self.code, Some(i32::from(status == "fail")), "{:#?}", self.findings);
     }
 
+    /// What was listed, in this order.
+    fn listed(&self) -> Vec<&str> {
+        let mut names: Vec<&str> =
+            self.findings.iter().map(|found| found["check"].as_str().unwrap()).collect();
+        names.dedup();
+        names
+    }
+
+    /// Asserts that it says why it did not look at these.
+    #[track_caller]
+    fn does_not_check(&self, checks: &[&str], why: &str) {
+        for check in checks {
+            let found = self.of(check, "not_checked");
+            let details: Vec<&Value> = found.iter().map(|found| &found["detail"]).collect();
+            assert_eq!(details, [&format!("not checked: {why}")], "{check}: {:#?}", self.findings);
+        }
+    }
+
     #[track_caller]
     fn is_ok(&self, check: &str) {
         assert_eq!(self.of(check, "ok").len(), 1, "{check}: {:#?}", self.findings);
     }
 }
+
+/// All that is listed, whatever is found.
+const LISTED: [&str; 17] = [
+    "settings",
+    "nats",
+    "max_payload",
+    "inbox",
+    "jetstream",
+    "streams",
+    "store",
+    "subscribe",
+    "publish",
+    "engine",
+    "runtime",
+    "cgroups",
+    "storage",
+    "seccomp",
+    "networks",
+    "disk",
+    "registries",
+];
 
 /// A directory with such a config.json.
 fn docker_config(content: &str) -> TempDir {
@@ -113,9 +152,35 @@ async fn all_is_well_where_all_is_there() {
             checked.is_ok(name);
         }
         assert_eq!(checked.of("streams", "ok")[0]["detail"], "6, as the settings want them");
+        assert_eq!(before.listed(), LISTED);
+        assert_eq!(checked.listed(), LISTED);
         // An older server does not tell.
         let status = if version == NatsVersion::Current { "ok" } else { "not_checked" };
         assert_eq!(checked.of("publish", status).len(), 1, "{:#?}", checked.findings);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn what_cannot_be_looked_at_is_listed_all_the_same() {
+    let away = format!("nats://127.0.0.1:{}", free_port());
+    let nothing =
+        Settings::new().set_all(&[("NATS_URL", &away), ("DOCKER_HOST", "unix:///no/such.sock")]);
+    let checked = check(&nothing).await;
+    assert_eq!(checked.listed(), LISTED);
+    checked.does_not_check(&LISTED[2..9], "NATS cannot be reached");
+    checked.does_not_check(&LISTED[10..16], "the engine cannot be used");
+
+    let wrong = check(&nothing.set("MAX_CONTAINERS", "none")).await;
+    assert_eq!(wrong.listed(), LISTED);
+    wrong.does_not_check(&LISTED[1..], "the settings cannot be used");
+
+    let nats = NatsServer::start().await;
+    let without = Settings::new().nats(&nats);
+    for (delivery, found) in [("auto", "warn"), ("core", "ok")] {
+        let checked = check(&without.clone().set("DELIVERY", delivery)).await;
+        assert_eq!(checked.listed(), LISTED);
+        assert_eq!(checked.of("jetstream", found).len(), 1, "{:#?}", checked.findings);
+        checked.does_not_check(&["streams", "store"], "no JetStream is used here");
     }
 }
 

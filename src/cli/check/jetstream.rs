@@ -40,8 +40,8 @@ pub(super) async fn examine(config: &Config, link: &Link, tell: Tell<'_>) -> boo
     };
     match sight {
         Ok(sight) => {
+            streams(config, &account, &sight, tell);
             room(config, &account, &sight, tell);
-            streams(config, &sight, tell);
         }
         Err(error) => {
             let denied = link.complaint_of(&["$JS.API"]).is_some();
@@ -166,6 +166,10 @@ fn room(config: &Config, account: &Account, sight: &Sight, tell: Tell<'_>) {
             ),
         ));
     }
+}
+
+/// Whether as many streams as are to be made still may.
+fn number(account: &Account, sight: &Sight, tell: Tell<'_>) {
     let more = i64::try_from(sight.missing.len()).unwrap_or(i64::MAX);
     let (has, most) = (account.streams, account.limits.max_streams);
     if most >= 0 && has.saturating_add(more) > most {
@@ -177,7 +181,8 @@ fn room(config: &Config, account: &Account, sight: &Sight, tell: Tell<'_>) {
     }
 }
 
-fn streams(config: &Config, sight: &Sight, tell: Tell<'_>) {
+fn streams(config: &Config, account: &Account, sight: &Sight, tell: Tell<'_>) {
+    number(account, sight, tell);
     for fault in &sight.faults {
         tell(Finding::fail(STREAMS, &fault.what, &fault.remedy));
     }
@@ -265,7 +270,9 @@ mod tests {
         let missing = vec![("functions_queue".to_owned(), missing)];
         let sight = Sight { missing, ..Sight::default() };
         let mut all = Vec::new();
-        room(&config, &account, &sight, &mut |finding| all.push(finding));
+        let mut tell = |finding| all.push(finding);
+        room(&config, &account, &sight, &mut tell);
+        number(&account, &sight, &mut tell);
         all
     }
 

@@ -1,5 +1,6 @@
 //! `check`: whether the daemon would find what it needs, and what to do where it would not.
 
+mod checks;
 mod jetstream;
 mod nats;
 mod permissions;
@@ -11,6 +12,7 @@ use super::exit;
 use crate::backend::docker::examine;
 use crate::config::{Config, EX_CONFIG};
 use crate::finding::{Finding, Tell};
+use checks::CHECKS;
 use report::Report;
 
 /// The arguments of `check`.
@@ -23,7 +25,7 @@ pub struct Check {
 
 impl Check {
     pub(super) async fn run(self) -> anyhow::Result<u8> {
-        let mut report = Report::new(self.json);
+        let mut report = Report::new(CHECKS, self.json);
         let config = match Config::from_env() {
             Ok(config) => config,
             Err(error) => {
@@ -51,12 +53,7 @@ async fn of_nats(config: &Config, tell: Tell<'_>) {
     let Some(link) = nats::connect(config, tell).await else { return };
     nats::max_payload(config, &link, tell);
     let has_inboxes = permissions::inbox(config, &link, tell).await;
-    let durable = if has_inboxes {
-        jetstream::examine(config, &link, tell).await
-    } else {
-        tell(Finding::not_checked("jetstream", "its answers would come to an inbox"));
-        false
-    };
+    let durable = has_inboxes && jetstream::examine(config, &link, tell).await;
     permissions::subscribe(config, &link, durable, tell).await;
     permissions::publish(config, &link, durable, tell).await;
 }

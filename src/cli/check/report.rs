@@ -1,7 +1,9 @@
-//! How findings are printed: a line each as it comes, or all of them as JSON in the end.
+//! How findings are printed: a line each as it comes, or all of them as JSON in the end; and a line
+//! for each check that nothing was found of.
 
 use std::io::IsTerminal as _;
 
+use super::checks::{Check, reason};
 use crate::cli::print;
 use crate::finding::{Finding, Status};
 use crate::job::printable;
@@ -11,6 +13,8 @@ const MAX_TEXT: usize = 2048;
 
 /// What was found so far.
 pub(super) struct Report {
+    /// The checks that have not been passed yet.
+    ahead: &'static [Check],
     findings: Vec<Finding>,
     json: bool,
     colour: bool,
@@ -19,25 +23,55 @@ pub(super) struct Report {
 }
 
 impl Report {
-    pub(super) fn new(json: bool) -> Self {
+    /// Of these checks, whose findings come in their order.
+    pub(super) fn new(checks: &'static [Check], json: bool) -> Self {
         let colour = std::io::stdout().is_terminal()
             && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-        Self { findings: Vec::new(), json, colour, printed: Ok(()) }
+        Self { ahead: checks, findings: Vec::new(), json, colour, printed: Ok(()) }
     }
 
-    /// Takes a finding, and prints it where that is asked for.
+    /// Takes a finding, and prints it where that is asked for. Of checks before it nothing comes any
+    /// more: those without a finding were not made.
     pub(super) fn add(&mut self, finding: Finding) {
+        if let Some(at) = self.ahead.iter().position(|check| check.name == finding.check) {
+            self.pass(at);
+        }
+        self.take(finding);
+    }
+
+    /// Leaves so many checks behind.
+    fn pass(&mut self, count: usize) {
+        let (passed, ahead) = self.ahead.split_at(count);
+        self.ahead = ahead;
+        for check in passed {
+            let found = |name: &str| self.findings.iter().any(|finding| finding.check == name);
+            if !found(check.name) {
+                let reason = reason(check, |name| self.was_looked_at(name));
+                self.take(Finding::not_checked(check.name, reason));
+            }
+        }
+    }
+
+    fn take(&mut self, finding: Finding) {
         if !self.json && self.printed.is_ok() {
             self.printed = print::stdout(&lines(&finding, self.colour));
         }
         self.findings.push(finding);
     }
 
+    /// Whether there is a finding of the check's own.
+    fn was_looked_at(&self, name: &str) -> bool {
+        let of_its_own =
+            |found: &Finding| found.check == name && found.status != Status::NotChecked;
+        self.findings.iter().any(of_its_own)
+    }
+
     /// Prints what is left to print. Returns whether something failed.
     ///
     /// # Errors
     /// It could not be printed.
-    pub(super) fn finish(self) -> anyhow::Result<bool> {
+    pub(super) fn finish(mut self) -> anyhow::Result<bool> {
+        self.pass(self.ahead.len());
         self.printed?;
         if self.json {
             print::stdout(&format!("{}\n", serde_json::to_string_pretty(&self.findings)?))?;
@@ -67,6 +101,27 @@ fn lines(finding: &Finding, colour: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::check::checks::CHECKS;
+
+    #[test]
+    fn what_was_not_looked_at_is_listed_in_its_place() {
+        let mut report = Report::new(CHECKS, true);
+        report.add(Finding::ok("settings", "fine"));
+        report.add(Finding::warn("nats", "away", "start it"));
+        report.add(Finding::fail("nats", "away", "start it"));
+        report.add(Finding::ok("engine", "there"));
+        report.pass(report.ahead.len());
+        let mut listed: Vec<&str> = report.findings.iter().map(|found| found.check).collect();
+        listed.dedup();
+        assert!(listed.iter().eq(CHECKS.iter().map(|check| &check.name)), "{listed:?}");
+        let detail = |check: &str| {
+            let mut of_it = report.findings.iter().filter(|found| found.check == check);
+            of_it.next().map(|found| found.detail.as_str())
+        };
+        assert_eq!(detail("store"), Some("not checked: NATS cannot be reached"));
+        assert_eq!(detail("disk"), Some("not checked: the engine cannot be used"));
+        assert_eq!(report.findings.iter().filter(|found| found.check == "nats").count(), 2);
+    }
 
     #[test]
     fn a_finding_is_a_line_and_what_to_do() {

@@ -184,8 +184,10 @@ fn storage(info: &SystemInfo, tell: Tell<'_>) {
 
 fn security(info: &SystemInfo, tell: Tell<'_>) {
     const CHECK: &str = "seccomp";
-    // Other engines may not say; this one says what it has.
-    let Some(options) = &info.security_options else { return };
+    let Some(options) = &info.security_options else {
+        tell(Finding::not_checked(CHECK, "the engine does not say"));
+        return;
+    };
     tell(if options.iter().any(|option| option.starts_with("name=seccomp")) {
         Finding::ok(CHECK, "system calls are filtered")
     } else {
