@@ -21,7 +21,7 @@ use serde_json::Value;
 use crate::config::Streams;
 use crate::job::Priority;
 use crate::protocol::Subjects;
-pub use look::Sight;
+pub use look::{Present, Sight};
 
 /// How long one answer of JetStream may take.
 pub const API_TIMEOUT: Duration = Duration::from_secs(5);

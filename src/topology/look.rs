@@ -10,12 +10,23 @@ use super::{Fault, Field, SetupError, Topology, consumer_differences, difference
 /// What is there of a topology.
 #[derive(Clone, Debug, Default)]
 pub struct Sight {
-    /// The streams there are, and what they hold.
-    pub present: Vec<(String, State)>,
+    /// The streams there are.
+    pub present: Vec<Present>,
     /// The streams that a daemon would make, and the bytes each would reserve; zero for no bound.
     pub missing: Vec<(String, u64)>,
     /// What is there and not as wanted.
     pub faults: Vec<Fault>,
+}
+
+/// A stream that is there.
+#[derive(Clone, Debug)]
+pub struct Present {
+    /// Its name.
+    pub name: String,
+    /// What it holds.
+    pub state: State,
+    /// The most bytes that it holds; none where it has no such bound.
+    pub max_bytes: Option<u64>,
 }
 
 impl Topology {
@@ -75,7 +86,11 @@ impl Topology {
                 remedy: "instances on one SUBJECT_PREFIX share one QUEUE_GROUP: set it to the others', or delete the other consumers".to_owned(),
             });
         }
-        sight.present.push((name.clone(), info.state));
+        sight.present.push(Present {
+            name: name.clone(),
+            state: info.state,
+            max_bytes: u64::try_from(info.config.max_bytes).ok().filter(|bytes| *bytes > 0),
+        });
         Ok(())
     }
 }

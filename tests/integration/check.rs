@@ -154,6 +154,9 @@ async fn all_is_well_where_all_is_there() {
         assert_eq!(checked.of("streams", "ok")[0]["detail"], "6, as the settings want them");
         assert_eq!(before.listed(), LISTED);
         assert_eq!(checked.listed(), LISTED);
+        let store = |checked: &Checked| checked.of("store", "not_checked")[0]["detail"].to_string();
+        assert!(!store(&before).contains("the streams hold"), "{}", store(&before));
+        assert!(store(&checked).contains("; the streams hold "), "{}", store(&checked));
         // An older server does not tell.
         let status = if version == NatsVersion::Current { "ok" } else { "not_checked" };
         assert_eq!(checked.of("publish", status).len(), 1, "{:#?}", checked.findings);

@@ -9,7 +9,7 @@ use super::nats::{Link, PATIENCE};
 use crate::config::{Config, Delivery};
 use crate::finding::{Finding, Tell};
 use crate::source::jetstream::SPARE_DELIVERIES;
-use crate::topology::{SetupError, Sight, Topology};
+use crate::topology::{Present, SetupError, Sight, Topology};
 
 const JETSTREAM: &str = "jetstream";
 const STREAMS: &str = "streams";
@@ -159,13 +159,25 @@ fn room(config: &Config, account: &Account, sight: &Sight, tell: Tell<'_>) {
             Finding::ok(STORE, detail)
         });
     } else {
+        let place = if config.streams.in_memory { "machine" } else { "disk" };
+        let held = held(&sight.present).map(|held| format!("; {held}")).unwrap_or_default();
         tell(Finding::not_checked(
             STORE,
             format!(
-                "this account's {kind} has no limit, and the server does not tell what room its disk has"
+                "this account's {kind} has no limit, and the server does not tell what room its {place} has{held}"
             ),
         ));
     }
+}
+
+/// What the streams hold, and may come to hold; nothing where there are none.
+fn held(present: &[Present]) -> Option<String> {
+    let bounded = present.iter().filter_map(|stream| Some((stream.state.bytes, stream.max_bytes?)));
+    let (held, most) = bounded.reduce(|(held, most), (bytes, bound)| {
+        (held.saturating_add(bytes), most.saturating_add(bound))
+    })?;
+    let (held, most) = (BinaryBytes(held), BinaryBytes(most));
+    Some(format!("the streams hold {held} of the {most} that they may"))
 }
 
 /// Whether as many streams as are to be made still may.
@@ -186,8 +198,8 @@ fn streams(config: &Config, account: &Account, sight: &Sight, tell: Tell<'_>) {
     for fault in &sight.faults {
         tell(Finding::fail(STREAMS, &fault.what, &fault.remedy));
     }
-    let queue = sight.present.iter().find(|(name, _)| name.ends_with("_queue"));
-    if let Some((name, state)) = queue {
+    let queue = sight.present.iter().find(|stream| stream.name.ends_with("_queue"));
+    if let Some(Present { name, state, .. }) = queue {
         let part = |is: u64, most: u64| is as f64 / most.max(1) as f64;
         let full = part(state.messages, config.streams.queue_max_messages)
             .max(part(state.bytes, config.streams.queue_max_bytes));
