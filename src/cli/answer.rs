@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::capture::Stream;
 use crate::job::{JobError, Status};
+use crate::protocol::record::{Record, State};
 
 /// What became of a job. Fields that are not known here are a later version's.
 #[derive(Clone, Debug)]
@@ -94,6 +95,14 @@ impl Answer {
             }
         }
     }
+}
+
+/// The outcome in a record, where the job has ended.
+pub(super) fn ended(record: &Record) -> Option<Answer> {
+    if record.state != State::Ended {
+        return None;
+    }
+    Answer::parse(&record.outcome_json()?)
 }
 
 /// What a stream is called.

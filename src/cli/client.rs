@@ -85,6 +85,19 @@ impl News {
         std::mem::take(&mut self.complaints.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Waits until the server refuses something that has to do with `subject`, and returns its
+    /// words. Cancel-safe.
+    pub(super) async fn refused(&self, subject: &str) -> String {
+        loop {
+            let changed = self.changed.notified();
+            let complaints = self.complaints.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            if let Some(complaint) = complaints.into_iter().find(|text| text.contains(subject)) {
+                return complaint;
+            }
+            changed.await;
+        }
+    }
+
     /// `text`, and what the server refused beside it: that is often the reason.
     pub(super) fn explain(&self, text: impl std::fmt::Display) -> anyhow::Error {
         let complaints = self.complaints();
@@ -101,7 +114,15 @@ impl Link {
     /// # Errors
     /// Says which server, who named it, and what would help.
     pub(super) async fn open(options: &ConnectOptions, capacity: usize) -> anyhow::Result<Self> {
-        let Target { nats, subjects, context, timeout, said_by } = options.resolve()?;
+        Self::to(options.resolve()?, capacity).await
+    }
+
+    /// As [`open`](Self::open), to what is known already.
+    ///
+    /// # Errors
+    /// Says which server, who named it, and what would help.
+    pub(super) async fn to(target: Target, capacity: usize) -> anyhow::Result<Self> {
+        let Target { nats, subjects, context, timeout, said_by } = target;
         let servers = nats.servers.join(",");
         let addresses: Vec<ServerAddr> =
             nats.servers.iter().filter_map(|url| url.parse().ok()).collect();

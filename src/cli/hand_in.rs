@@ -1,14 +1,22 @@
 //! Handing in a request, and what the answer to that means.
 
+use std::time::Duration;
+
 use anyhow::{anyhow, bail};
 use async_nats::{HeaderMap, Message, StatusCode, Subscriber};
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
 use serde_json::{Value, json};
+use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
-use super::answer::Answer;
+use super::answer::{Answer, ended};
 use super::client::{ANSWER, Link};
+use super::records;
+use crate::job::JobId;
 use crate::protocol::headers::encoded_length;
+
+/// How often a record is looked at, where the outcome comes by itself, and where it does not.
+const LOOKS: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(1)];
 
 /// The answer to a request.
 #[derive(Debug)]
@@ -163,6 +171,39 @@ impl Sent {
             Reply::Outcome(answer) => Ok(Some(answer)),
             Reply::Refused(why) => Err(anyhow!(why)),
             Reply::Unknown => Err(anyhow!("the answer to the request is none that is known here")),
+        }
+    }
+
+    /// Waits for the outcome: where it is told, and in the record of the job, where there is one.
+    /// `comes` is whether it is told to whoever handed the request in.
+    ///
+    /// # Errors
+    /// The connection is closed.
+    pub(super) async fn outcome(
+        mut self,
+        link: &Link,
+        recorded: Option<&JobId>,
+        comes: bool,
+    ) -> anyhow::Result<Answer> {
+        let [rarely, often] = LOOKS;
+        let pause = if comes { rarely } else { often };
+        let mut looks = interval_at(Instant::now() + pause, pause);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                message = self.replies.next() => match message.as_ref().map(Reply::of) {
+                    Some(Reply::Outcome(answer)) => return Ok(answer),
+                    Some(_) => {}
+                    None => bail!("the connection to NATS is closed"),
+                },
+                _ = looks.tick() => {
+                    let Some(id) = recorded else { continue };
+                    let record = records::look(link, id).await.ok().flatten();
+                    if let Some(answer) = record.as_ref().and_then(ended) {
+                        return Ok(answer);
+                    }
+                }
+            }
         }
     }
 }

@@ -7,12 +7,12 @@ use clap::Args;
 use futures::StreamExt;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
-use super::answer::Answer;
+use super::answer::{self, Answer};
 use super::client::Link;
 use super::follow::{Follower, Shown};
 use super::options::ConnectOptions;
 use super::result::state_name;
-use super::{exit, print, records, run};
+use super::{exit, print, records};
 use crate::job::JobId;
 use crate::protocol::record::Record;
 
@@ -41,7 +41,7 @@ impl Logs {
         let id = &self.id;
         if !self.follow {
             let record = records::find(&link, "logs", id).await?;
-            let answer = run::ended(&record).ok_or_else(|| {
+            let answer = answer::ended(&record).ok_or_else(|| {
                 anyhow!("{id} is {}; -f prints what comes from now on", state_name(record.state))
             })?;
             return self.end(&link, &answer, &mut Follower::nothing()).await;
@@ -51,7 +51,7 @@ impl Logs {
         // What is told after this is heard; what was before, the record knows.
         link.round_trip().await?;
         let record = records::read(&link, &bucket, id.as_str()).await?;
-        if let Some(answer) = record.as_ref().and_then(run::ended) {
+        if let Some(answer) = record.as_ref().and_then(answer::ended) {
             return self.end(&link, &answer, &mut follower).await;
         }
         if record.is_none() {
@@ -65,7 +65,7 @@ impl Logs {
                 event = events.next() => {
                     let Some(event) = event else { bail!("the connection to NATS is closed") };
                     let record = Record::decode(&event.payload).ok();
-                    if let Some(answer) = record.as_ref().and_then(run::ended) {
+                    if let Some(answer) = record.as_ref().and_then(answer::ended) {
                         return self.end(&link, &answer, &mut follower).await;
                     }
                 }
@@ -84,7 +84,7 @@ impl Logs {
                         continue;
                     }
                     let record = records::look(&link, id).await.ok().flatten();
-                    if let Some(answer) = record.as_ref().and_then(run::ended) {
+                    if let Some(answer) = record.as_ref().and_then(answer::ended) {
                         return self.end(&link, &answer, &mut follower).await;
                     }
                 }

@@ -99,8 +99,9 @@ pub enum Command {
     /// Examine what the daemon needs, and say what to do about what is wrong.
     ///
     /// Reads the settings as the daemon would, and looks at NATS, the streams, the permissions, the
-    /// engine, the registries' credentials and the disk. Changes nothing. The exit code is 0 when
-    /// nothing failed, 1 when something did, and 78 when the settings are wrong.
+    /// engine, the registries' credentials and the disk. Changes nothing. With --run it hands in one
+    /// job, too, and waits for its end. The exit code is 0 when nothing failed, 1 when something did,
+    /// and 78 when the settings are wrong.
     Check(Check),
     /// Print a completion script for a shell.
     Completions {

@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
+use clap::Args;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 use super::print;
@@ -15,6 +16,20 @@ const PULL_LINES: Duration = Duration::from_secs(5);
 const TICK: Duration = Duration::from_millis(100);
 /// The most of a name that is shown.
 const MAX_NAME: usize = 80;
+
+/// Whether nothing is to be told.
+#[derive(Args, Debug)]
+pub(super) struct Quiet {
+    /// Say nothing of how far it is.
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+impl Quiet {
+    pub(super) fn is_set(&self) -> bool {
+        self.quiet
+    }
+}
 
 /// Tells how far a job is.
 pub(super) struct Progress {

@@ -8,11 +8,11 @@ use async_nats::jetstream::consumer::{DeliverPolicy, pull};
 use clap::{Args, ValueEnum};
 use futures::StreamExt;
 
-use super::answer::Answer;
+use super::answer::{self, Answer};
 use super::client::{ANSWER, Link};
 use super::options::ConnectOptions;
 use super::print;
-use super::{exit, records, run};
+use super::{exit, records};
 use crate::capture::Stream;
 use crate::job::JobId;
 use crate::protocol::headers::{JOB_ID, JOB_STDERR_OBJECT, JOB_STDOUT_OBJECT};
@@ -47,7 +47,7 @@ impl ResultOf {
         let link = Link::open(&self.connect, 256).await?;
         let bucket = link.records("result").await?;
         let record = records::read(&link, &bucket, self.id.as_str()).await?;
-        let answer = record.as_ref().and_then(run::ended);
+        let answer = record.as_ref().and_then(answer::ended);
         match (&answer, record) {
             (None, Some(record)) => {
                 bail!("{} has not ended: it is {}", self.id, state_name(record.state))

@@ -11,18 +11,18 @@ use futures::StreamExt;
 use serde_json::Value;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
-use super::answer::Answer;
+use super::answer::{Answer, ended};
 use super::client::{ANSWER, Link};
 use super::follow::Follower;
 use super::hand_in::{self, Mode, Reply};
 use super::interrupt::Interrupt;
 use super::options::ConnectOptions;
 use super::print::{self, Closed};
-use super::progress::Progress;
+use super::progress::{Progress, Quiet};
 use super::request::RequestOptions;
 use super::{exit, input, records};
 use crate::job::JobId;
-use crate::protocol::record::{Record, State};
+use crate::protocol::record::Record;
 
 /// How many messages of live output may wait while nobody reads what is printed.
 const CAPACITY: usize = 1024;
@@ -46,9 +46,8 @@ pub struct Run {
     /// Print the outcome as one JSON document, and nothing else.
     #[arg(long)]
     json: bool,
-    /// Do not tell how far the job is.
-    #[arg(short, long)]
-    quiet: bool,
+    #[command(flatten)]
+    quiet: Quiet,
     #[command(flatten)]
     connect: ConnectOptions,
 }
@@ -95,7 +94,7 @@ impl Run {
             request.insert("reply_to".to_owned(), inbox.as_str().into());
         }
         let payload = serde_json::to_vec(&request)?.into();
-        let mut progress = Progress::new(self.quiet, &id, &self.request.image);
+        let mut progress = Progress::new(self.quiet.is_set(), &id, &self.request.image);
         let mut follower = Follower::new(&link, &id, interest).await?;
         let waited =
             self.wait(&link, &id, inbox, payload, &interrupt, &mut follower, &mut progress);
@@ -283,14 +282,6 @@ async fn follower_step(step: super::follow::Shown, progress: &mut Progress) -> a
         }
         Shown::Nothing => Ok(()),
     }
-}
-
-/// The outcome in a record, where the job has ended.
-pub(super) fn ended(record: &Record) -> Option<Answer> {
-    if record.state != State::Ended {
-        return None;
-    }
-    Answer::parse(&record.outcome_json()?)
 }
 
 async fn next(subscriber: &mut Subscriber) -> anyhow::Result<async_nats::Message> {

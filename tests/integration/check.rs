@@ -1,5 +1,7 @@
 //! `check`: each fault is found, and what to do about it is said.
 
+mod trial;
+
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -31,12 +33,17 @@ fn command(program: &[&str], settings: &Settings, home: &TempDir) -> Command {
 
 /// Has it print its findings as JSON.
 async fn check(settings: &Settings) -> Checked {
-    check_as(&[env!("CARGO_BIN_EXE_worker-spawner")], settings).await
+    check_with(settings, &[]).await
 }
 
-async fn check_as(program: &[&str], settings: &Settings) -> Checked {
+/// The same, with these arguments.
+async fn check_with(settings: &Settings, arguments: &[&str]) -> Checked {
+    check_as(&[env!("CARGO_BIN_EXE_worker-spawner")], settings, arguments).await
+}
+
+async fn check_as(program: &[&str], settings: &Settings, arguments: &[&str]) -> Checked {
     let home = tempfile::tempdir().unwrap();
-    let program = [program, &["check", "--json"]].concat();
+    let program = [program, &["check", "--json"], arguments].concat();
     let mut child = command(&program, settings, &home).spawn().unwrap();
     let mut stdout = child.stdout.take().unwrap();
     let reading = std::thread::spawn(move || {
@@ -355,7 +362,7 @@ async fn an_engine_that_is_not_there_or_not_for_us_is_found() {
     let as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
     let program = [&as_nobody[..], &[program.to_str().unwrap()]].concat();
     let settings = at(shown).set("DOCKER_CONFIG", "/no/such/directory");
-    let checked = check_as(&program, &settings).await;
+    let checked = check_as(&program, &settings, &[]).await;
     checked.finds("fail", "engine", "belongs to the group root", "usermod -aG root");
 
     std::thread::spawn(move || {

@@ -10,8 +10,8 @@ pub(super) struct Check {
     blocks: &'static str,
 }
 
-/// All that are always listed.
-pub(super) const CHECKS: &[Check] = &[
+/// All that there are. The last one is made where it is asked for.
+const CHECKS: &[Check] = &[
     Check { name: "settings", needs: None, blocks: "the settings cannot be used" },
     Check { name: "nats", needs: Some("settings"), blocks: "NATS cannot be reached" },
     leaf("max_payload", "nats"),
@@ -29,7 +29,16 @@ pub(super) const CHECKS: &[Check] = &[
     leaf("networks", "engine"),
     leaf("disk", "engine"),
     leaf("registries", "settings"),
+    leaf("run", "nats"),
 ];
+
+/// Those that are listed, with the trial or without.
+pub(super) fn listed(with_trial: bool) -> &'static [Check] {
+    match CHECKS {
+        [always @ .., _] if !with_trial => always,
+        all => all,
+    }
+}
 
 /// A check that no other needs.
 const fn leaf(name: &'static str, needs: &'static str) -> Check {

@@ -2,8 +2,6 @@
 
 mod source;
 
-use std::time::Duration;
-
 use async_nats::HeaderMap;
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
@@ -12,18 +10,15 @@ use futures::stream::FuturesUnordered;
 use indicatif::ProgressBar;
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
 use self::source::Item;
 use super::answer::Answer;
 use super::client::Link;
-use super::hand_in::{self, Mode, Reply, Sent};
+use super::hand_in::{self, Mode};
 use super::options::ConnectOptions;
-use super::{exit, print, progress, records, run};
+use super::progress::{self, Quiet};
+use super::{exit, print};
 use crate::job::{JobId, Priority, Status};
-
-/// How often a record is looked at, where the outcome comes by itself, and where it does not.
-const LOOKS: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(1)];
 
 /// The arguments of `submit`.
 #[derive(Args, Debug)]
@@ -46,9 +41,8 @@ pub struct Submit {
     /// Print the outcomes, each as a line of JSON; implies --wait.
     #[arg(long)]
     json: bool,
-    /// Say nothing of how far it is.
-    #[arg(short, long)]
-    quiet: bool,
+    #[command(flatten)]
+    quiet: Quiet,
     #[command(flatten)]
     connect: ConnectOptions,
 }
@@ -74,7 +68,7 @@ impl Submit {
         let input = source::open(&self.file).await?;
         let link = Link::open(&self.connect, 64).await?;
         let mode = hand_in::mode(&link, &link.subjects.execute).await;
-        let bar = progress::bar(self.quiet, source::count(&self.file));
+        let bar = progress::bar(self.quiet.is_set(), source::count(&self.file));
         let (to, mut items) = mpsc::channel(1);
         let reading = tokio::spawn(source::read(input, to));
         let (mut tally, mut more) = (Tally::default(), true);
@@ -107,7 +101,7 @@ impl Submit {
             print::note(format!("{}: {error}", self.file));
             tally.bad += 1;
         }
-        if !self.quiet {
+        if !self.quiet.is_set() {
             print::note(tally.summary(self.waits()));
         }
         link.close().await;
@@ -147,7 +141,8 @@ impl Submit {
             Some(answer) => Ok(Fate::Ended(Box::new(answer))),
             None if self.waits() => {
                 let recorded = mode != Mode::Plain;
-                outcome(link, sent, recorded.then_some(id), comes).await
+                let answer = sent.outcome(link, recorded.then_some(&id), comes).await?;
+                Ok(Fate::Ended(Box::new(answer)))
             }
             None => Ok(Fate::Accepted(id)),
         }
@@ -224,35 +219,6 @@ fn name(request: &mut Map<String, Value>) -> JobId {
 fn urgency(request: &Map<String, Value>) -> Priority {
     let named = request.get("priority").and_then(Value::as_str);
     named.and_then(|name| name.parse().ok()).unwrap_or_default()
-}
-
-/// Waits for the outcome of a job: where it is told, and in its record, where there is one.
-async fn outcome(
-    link: &Link,
-    mut sent: Sent,
-    recorded: Option<JobId>,
-    comes: bool,
-) -> anyhow::Result<Fate> {
-    let [rarely, often] = LOOKS;
-    let pause = if comes { rarely } else { often };
-    let mut looks = interval_at(Instant::now() + pause, pause);
-    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            message = sent.replies.next() => match message.as_ref().map(Reply::of) {
-                Some(Reply::Outcome(answer)) => return Ok(Fate::Ended(Box::new(answer))),
-                Some(_) => {}
-                None => anyhow::bail!("the connection to NATS is closed"),
-            },
-            _ = looks.tick() => {
-                let Some(id) = &recorded else { continue };
-                let record = records::look(link, id).await.ok().flatten();
-                if let Some(answer) = record.as_ref().and_then(run::ended) {
-                    return Ok(Fate::Ended(Box::new(answer)));
-                }
-            }
-        }
-    }
 }
 
 impl Tally {
