@@ -26,6 +26,7 @@ mod parse;
 mod print;
 mod progress;
 mod ps;
+mod queue;
 mod records;
 mod request;
 mod result;
@@ -77,7 +78,8 @@ pub enum Command {
     Submit(Submit),
     /// List the jobs of which there is a record, those that have ended with --all.
     ///
-    /// A request that waits for its first worker has no record yet.
+    /// A request that waits for its first worker has no record yet; how many of those there are is
+    /// said on standard error.
     Ps(Ps),
     /// Say where a job is, and what became of it.
     Status(Status),

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::client::Link;
 use super::options::ConnectOptions;
+use super::queue::{self, Queue};
 use super::result::state_name;
 use super::{exit, print, records};
 use crate::protocol::record::{Record, State};
@@ -71,8 +72,13 @@ impl Ps {
                 async move { records::read(link, bucket, &key?).await }
             })
             .buffer_unordered(AT_ONCE)
-            .try_filter_map(|record| std::future::ready(Ok(record.and_then(|r| self.row(&r)))));
-        let mut rows: Vec<Row> = rows.try_collect().await?;
+            .try_filter_map(|record| std::future::ready(Ok(record)))
+            .try_fold((Vec::new(), 0), |(mut rows, recorded), record| {
+                rows.extend(self.row(&record));
+                std::future::ready(Ok((rows, recorded + u64::from(is_in_the_queue(&record)))))
+            });
+        let (read, queue) = tokio::join!(rows, queue::look(&link));
+        let (mut rows, recorded): (Vec<Row>, u64) = read?;
         rows.sort_by(|a, b| a.since.cmp(&b.since).then_with(|| a.id.cmp(&b.id)));
         let text = if self.json {
             rows.iter().map(|row| format!("{}\n", row.json())).collect()
@@ -81,7 +87,30 @@ impl Ps {
             print::table(&["ID", "IMAGE", "STATE", "AGE", "WORKER"], &cells)
         };
         print::stdout(&text)?;
+        if let Some(rest) = self.rest(queue, recorded) {
+            print::note(rest);
+        }
         Ok(exit::OK)
+    }
+
+    /// What there is to say of requests without a record, where those that are queued were asked for.
+    /// `recorded` is how many of those in the queue have one.
+    fn rest(&self, queue: anyhow::Result<Queue>, recorded: u64) -> Option<String> {
+        let queued = state_name(State::Queued);
+        if !self.status.is_empty() && !self.status.iter().any(|name| name == queued) {
+            return None;
+        }
+        match queue {
+            Ok(queue) => match queue.held().saturating_sub(recorded) {
+                0 => None,
+                rest => Some(format!(
+                    "and {rest} more wait in the queue, which holds {} in all ({})",
+                    queue.held(),
+                    queue.by_priority()
+                )),
+            },
+            Err(error) => Some(format!("how many more wait in the queue is not known: {error:#}")),
+        }
     }
 
     /// What is shown of a job, if it is.
@@ -105,6 +134,11 @@ impl Ps {
             updated_at: record.updated_at,
         })
     }
+}
+
+/// Whether the record is of a request that the stream still keeps.
+fn is_in_the_queue(record: &Record) -> bool {
+    record.sequence.is_some() && record.state != State::Ended
 }
 
 impl Row {

@@ -6,12 +6,11 @@ use std::time::Duration;
 use anyhow::Context as _;
 use async_nats::{HeaderMap, Subject, Subscriber};
 use futures::{StreamExt, TryStreamExt};
-use serde::Deserialize;
 use tokio::sync::mpsc;
 
 use super::model::Queue;
 use crate::cli::client::Link;
-use crate::cli::records;
+use crate::cli::{queue, records};
 use crate::protocol::headers::{JOB_DURATION_MS, JOB_ID, JOB_STATUS};
 use crate::protocol::record::Record;
 use crate::service::NAME;
@@ -78,25 +77,10 @@ pub(super) fn queue(link: Arc<Link>, interval: Duration) -> mpsc::Receiver<Optio
     looks
 }
 
-/// What the consumers of the queue have before them; nothing where there is no queue, or no answer.
+/// What the stream of requests holds; nothing where there is none, or no answer.
 async fn depth(link: &Link) -> Option<Queue> {
-    #[derive(Deserialize)]
-    struct Answer {
-        consumers: Option<Vec<Consumer>>,
-    }
-    #[derive(Deserialize)]
-    struct Consumer {
-        num_pending: u64,
-        num_ack_pending: u64,
-    }
-    let subject = format!("CONSUMER.LIST.{}", link.names.queue);
-    let question = serde_json::json!({"offset": 0});
-    let answer: Answer = link.jetstream.request(subject, &question).await.ok()?;
-    let consumers = answer.consumers?;
-    Some(consumers.iter().fold(Queue::default(), |sum, consumer| Queue {
-        waiting: sum.waiting + consumer.num_pending,
-        taken: sum.taken + consumer.num_ack_pending,
-    }))
+    let queue = queue::look(link).await.ok()?;
+    Some(Queue { waiting: queue.waiting, taken: queue.taken })
 }
 
 /// Reads the records there are, as long as they are not too many: of a job that began before,

@@ -1,5 +1,6 @@
 //! `ps`, `status`, `result`, `logs` and `cancel`.
 
+use async_nats::HeaderMap;
 use serde_json::json;
 
 use super::{Client, HELD};
@@ -57,6 +58,35 @@ async fn jobs_are_listed_shown_and_cancelled() {
     let cancelled = Client::of(&world, &["cancel", &never]).run().await;
     assert_eq!(cancelled.code, 0, "{cancelled:?}");
     assert!(cancelled.text().contains("will not start"), "{cancelled:?}");
+    world.clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn what_no_worker_has_met_is_counted() {
+    let world = World::durable(&[("MAX_CONTAINERS", "1")]).await;
+    let held = world.hold().await;
+    let said = async |line: &[&str]| {
+        let ran = Client::of(&world, line).run().await;
+        assert_eq!((ran.code, ran.text().matches(&held.id).count()), (0, 1), "{ran:?}");
+        ran.stderr
+    };
+    assert_eq!(said(&["ps"]).await, "", "nothing waits");
+    let mut ids = Vec::new();
+    for subject in ["functions.execute", "functions.execute.low", "functions.execute.low"] {
+        let (id, request) = world.complete(json!({"parameter": ["true"]}));
+        world.ledger.publish_acked(subject, &request, HeaderMap::new()).await;
+        ids.push(id);
+    }
+    // Some may have been delivered and given back for want of a slot: there is no record of those.
+    let counted = "worker-spawner: and 3 more wait in the queue, which holds 4 in all (high 0, normal 2, low 2)\n";
+    // The server counts a little later than it accepts.
+    eventually("they are counted", || async { said(&["ps"]).await == counted }).await;
+    assert_eq!(said(&["ps", "--json"]).await, counted, "each line of JSON is a job");
+    assert_eq!(said(&["ps", "--status", "running"]).await, "", "it is not asked for");
+    world.release(&held).await;
+    for id in ids {
+        assert_eq!(world.ended(&id).await.status(), "succeeded");
+    }
     world.clean().await;
 }
 
