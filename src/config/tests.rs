@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::raw::Raw;
 use super::settings::SETTINGS;
 use super::*;
 
