@@ -5,7 +5,9 @@ use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::State;
 use async_nats::jetstream::{Context, ErrorCode, consumer, stream};
 
-use super::{Fault, Field, SetupError, Topology, consumer_differences, differences, refused};
+use super::difference::{Fault, Field, consumer_differences, differences};
+use super::make::refused;
+use super::{SetupError, Topology};
 
 /// What is there of a topology.
 #[derive(Clone, Debug, Default)]
