@@ -81,7 +81,9 @@ impl ColdRun {
     pub(super) async fn start(&mut self) -> Result<(Duration, Duration), Failure> {
         let begun = Instant::now();
         let body = self.body();
-        let turn = self.shared.turns.create();
+        let shared = self.shared.clone();
+        let _starting = shared.turns.start();
+        let turn = shared.turns.create();
         let created = self.container.create(body).await;
         drop(turn);
         let created_at = Instant::now();

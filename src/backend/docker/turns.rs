@@ -6,6 +6,7 @@
 //! sooner, and the removal then runs beside its start, which needs no such lock. `docs/BENCHMARKS.md`
 //! has the figures.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, SemaphorePermit, watch};
@@ -25,15 +26,20 @@ const MAX_QUEUE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct Turns {
     creating: watch::Sender<usize>,
+    starting: AtomicUsize,
     removing: Semaphore,
 }
 
 /// A creation under way, until dropped.
 pub(super) struct Creating<'a>(&'a Turns);
 
+/// A job whose container is being made and started, until dropped.
+pub(super) struct Starting<'a>(&'a Turns);
+
 impl Turns {
     pub(super) fn new() -> Self {
-        Self { creating: watch::Sender::new(0), removing: Semaphore::new(1) }
+        let (creating, starting) = (watch::Sender::new(0), AtomicUsize::new(0));
+        Self { creating, starting, removing: Semaphore::new(1) }
     }
 
     /// Marks a creation. Never waits.
@@ -42,9 +48,15 @@ impl Turns {
         Creating(self)
     }
 
-    /// Whether a job waits for a creation just now.
-    pub(super) fn is_busy(&self) -> bool {
-        *self.creating.borrow() > 0
+    /// Marks a job that waits for a container to be made and started. Never waits.
+    pub(super) fn start(&self) -> Starting<'_> {
+        self.starting.fetch_add(1, Ordering::Relaxed);
+        Starting(self)
+    }
+
+    /// How many jobs wait for a container just now.
+    pub(super) fn starting(&self) -> usize {
+        self.starting.load(Ordering::Relaxed)
     }
 
     /// Waits until nobody waits for a creation: what is made ahead of time comes after it. Not for
@@ -71,6 +83,12 @@ impl Turns {
 impl Drop for Creating<'_> {
     fn drop(&mut self) {
         self.0.creating.send_modify(|n| *n -= 1);
+    }
+}
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        self.0.starting.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -34,9 +34,9 @@ use creation::CreateError;
 use plan::{Step, View, next_step};
 pub(super) use run::{Idle, WarmRun};
 
-/// How many containers are made at once: half of what the engine makes the most of them with, see
-/// `docs/BENCHMARKS.md`. The rest is left to jobs that wait for a creation.
-const CREATIONS: usize = 2;
+/// With how many creations at once the engine makes the most containers, see `docs/BENCHMARKS.md`.
+/// Jobs that wait for one count first; one is made beside them in any case.
+const CREATIONS: usize = 4;
 /// How long after a job took a container the next one is begun: a short function has its result by
 /// then.
 const LINGER: Duration = Duration::from_millis(20);
@@ -282,8 +282,8 @@ impl Pool {
         let mut delivered_again: Option<Instant> = None;
         loop {
             self.look_after();
-            while creations.len() < CREATIONS
-                && let Some((key, pattern, image)) = self.next_creation(shared.turns.is_busy())
+            while creations.len() < CREATIONS.saturating_sub(shared.turns.starting()).max(1)
+                && let Some((key, pattern, image)) = self.next_creation(shared.turns.starting() > 0)
             {
                 let shared = shared.clone();
                 creations.spawn(async move {
