@@ -32,6 +32,7 @@ use crate::source::core::CoreSource;
 use crate::source::depth::watch_depth;
 use crate::source::jetstream::JetStreamSource;
 use crate::source::{self, Source};
+use crate::spans::Spans;
 use crate::undertaker::Undertaker;
 use discovery::{Tallies, service};
 use durable::{Durable, durable};
@@ -77,6 +78,17 @@ pub async fn run(
             return Ok(EX_CONFIG);
         }
     };
+    let spans = match config.traces.as_ref().map(|traces| Spans::start(traces, &worker)).transpose()
+    {
+        Ok(spans) => spans.map(Arc::new),
+        Err(error) => {
+            tracing::error!("{error:#}");
+            return Ok(EX_CONFIG);
+        }
+    };
+    if let Some(spans) = &spans {
+        observed.spans(spans.clone());
+    }
     let (health, engine_up) = watch::channel(Health::Unknown);
     observed.engine(backend.clone(), engine_up.clone());
     match backend.preflight().await {
@@ -121,7 +133,7 @@ pub async fn run(
         shutdown.clone(),
         suspicions,
     );
-    let mut runner = runner.metered(observed.metrics.clone());
+    let mut runner = runner.metered(observed.metrics.clone()).traced(spans.clone());
     if let Some(Durable { jetstream, topology, records, objects }) = &durable {
         let publisher = publisher.clone().durable(jetstream.clone(), topology.clone());
         runner = runner.durable(publisher, records.clone(), objects.clone());
@@ -283,7 +295,12 @@ pub async fn run(
             backend.retire().await;
         }
     };
-    let last = async { tokio::join!(connection.settle(config.publish_timeout), tidy) };
+    let flush = async {
+        if let Some(spans) = &spans {
+            spans.finish().await;
+        }
+    };
+    let last = async { tokio::join!(connection.settle(config.publish_timeout), tidy, flush) };
     let patience = if shutdown.forced.is_cancelled() { FORCED_RITES / 2 } else { LAST_RITES };
     tokio::select! {
         last = tokio::time::timeout(patience, last) => if last.is_err() {

@@ -48,6 +48,7 @@
 //! | [`log`] | the log, and how much of it there is |
 //! | [`orders`] | signals that have the daemon do something other than end |
 //! | [`trace`](mod@trace) | the trace a job is part of |
+//! | [`spans`] | jobs as spans of a trace, on their way to a collector |
 //! | [`retry`] | growing delays |
 //! | [`finding`] | what an examination of the surroundings found |
 //! | [`shutdown`] | signals and the drain's deadline |
@@ -84,6 +85,7 @@ pub mod runner;
 pub mod service;
 pub mod shutdown;
 pub mod source;
+pub mod spans;
 pub mod stage;
 pub mod state;
 pub mod topology;

@@ -10,7 +10,13 @@ pub const TRACESTATE: &str = "tracestate";
 /// The longest state that is passed on, in bytes: what the specification has everyone pass on.
 const MAX_STATE: usize = 512;
 
-/// Where in a trace a job is. It is passed on as it came: to the function and onto the result.
+/// Of the flags, the one that says that the caller records the trace.
+const SAMPLED: u8 = 1;
+/// Of the flags, those that have a meaning today. Others are not passed on by who is a span itself.
+const KNOWN_FLAGS: u8 = 3;
+
+/// Where in a trace a job is. It is passed on to the function and onto the result: as it came, or, where
+/// spans are exported, with this daemon's span as the parent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TraceContext {
     parent: String,
@@ -35,6 +41,45 @@ impl TraceContext {
     #[must_use]
     pub fn trace_id(&self) -> &str {
         &self.parent[3..35]
+    }
+
+    /// A trace that begins here, with this span. Neither id is zero.
+    #[must_use]
+    pub fn begin(trace_id: u128, span_id: u64, is_sampled: bool) -> Self {
+        let flags = u8::from(is_sampled);
+        Self { parent: format!("00-{trace_id:032x}-{span_id:016x}-{flags:02x}"), state: None }
+    }
+
+    /// The same trace, one step on: with this span as the parent. The id is not zero.
+    #[must_use]
+    pub fn with_parent(&self, span_id: u64) -> Self {
+        let flags = self.flags() & KNOWN_FLAGS;
+        let parent = format!("00-{}-{span_id:016x}-{flags:02x}", self.trace_id());
+        Self { parent, state: self.state.clone() }
+    }
+
+    /// The span that is the parent of what follows: 16 hexadecimal digits.
+    #[must_use]
+    pub fn parent_id(&self) -> &str {
+        &self.parent[36..52]
+    }
+
+    /// Whether its spans are to be recorded.
+    #[must_use]
+    pub fn is_sampled(&self) -> bool {
+        self.flags() & SAMPLED != 0
+    }
+
+    /// The flags, as the specification has them.
+    #[must_use]
+    pub fn flags(&self) -> u8 {
+        u8::from_str_radix(&self.parent[53..55], 16).unwrap_or_default()
+    }
+
+    /// What tracing systems say of it.
+    #[must_use]
+    pub fn state(&self) -> Option<&str> {
+        self.state.as_deref()
     }
 
     /// The headers that pass it on.
@@ -96,6 +141,21 @@ mod tests {
         assert_eq!(names, ["TRACEPARENT", "TRACESTATE"]);
         let later = "cc-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-what-comes";
         assert!(of(later, None).is_some());
+    }
+
+    #[test]
+    fn a_span_of_ones_own_takes_the_callers_place() {
+        let caller =
+            of("cc-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-ff-more", Some("a=b"));
+        let own = caller.unwrap().with_parent(0xab);
+        let wanted = "00-4bf92f3577b34da6a3ce929d0e0e4736-00000000000000ab-03";
+        assert_eq!(own.headers().collect::<Vec<_>>(), [(TRACEPARENT, wanted), (TRACESTATE, "a=b")]);
+        assert_eq!((own.parent_id(), own.is_sampled()), ("00000000000000ab", true));
+        assert_eq!(of(wanted, Some("a=b")), Some(own));
+        let new = TraceContext::begin(1, 2, false);
+        let wanted = "00-00000000000000000000000000000001-0000000000000002-00";
+        assert_eq!(new.headers().collect::<Vec<_>>(), [(TRACEPARENT, wanted)]);
+        assert!(!new.is_sampled());
     }
 
     #[test]

@@ -20,6 +20,7 @@ use crate::nats::Connection;
 use crate::shutdown::Shutdown;
 use crate::source::buffer::Buffer;
 use crate::source::depth::Depth;
+use crate::spans::Spans;
 
 /// The daemon as seen from outside, until this is dropped.
 pub(super) struct Observed {
@@ -141,6 +142,11 @@ impl Observed {
                 .borrow()
                 .map(|depth| Priority::ALL.into_iter().map(Priority::as_str).zip(depth).collect());
         });
+    }
+
+    /// Shows the spans.
+    pub(super) fn spans(&self, spans: Arc<Spans>) {
+        self.exposition.observe(move |readings| readings.spans = Some(spans.counts()));
     }
 
     /// What to call once requests are taken.

@@ -14,6 +14,7 @@ use super::client::{ANSWER, Link};
 use super::records;
 use crate::job::JobId;
 use crate::protocol::headers::encoded_length;
+use crate::trace::{self, TraceContext};
 
 /// How often a record is looked at, where the outcome comes by itself, and where it does not.
 const LOOKS: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(1)];
@@ -109,6 +110,22 @@ pub(super) fn check_size(link: &Link, headers: &HeaderMap, payload: &[u8]) -> an
         bail!("the request has {size} bytes, and the server takes {limit}");
     }
     Ok(())
+}
+
+/// The headers of a request from here: those that make it a part of the trace that `TRACEPARENT` and
+/// `TRACESTATE` name, where they are set.
+pub(super) fn headers() -> HeaderMap {
+    let [parent, state] = [trace::TRACEPARENT, trace::TRACESTATE]
+        .map(|name| std::env::var(name.to_ascii_uppercase()).ok());
+    let trace = TraceContext::of(|name| match name {
+        trace::TRACEPARENT => parent.as_deref(),
+        _ => state.as_deref(),
+    });
+    let mut headers = HeaderMap::new();
+    for (name, value) in trace.iter().flat_map(TraceContext::headers) {
+        headers.insert(name, value);
+    }
+    headers
 }
 
 /// Publishes a request so that answers come to `inbox`.

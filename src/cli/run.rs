@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{anyhow, bail};
-use async_nats::{HeaderMap, Subscriber};
+use async_nats::Subscriber;
 use bytes::Bytes;
 use clap::Args;
 use futures::StreamExt;
@@ -143,7 +143,7 @@ impl Run {
         let mode = hand_in::mode(link, &subject).await;
         let payload = serde_json::to_vec(&request)?.into();
         let inbox = link.client.new_inbox();
-        let mut sent = hand_in::send(link, &subject, inbox, HeaderMap::new(), payload).await?;
+        let mut sent = hand_in::send(link, &subject, inbox, hand_in::headers(), payload).await?;
         if let Some(answer) = sent.accepted(link, mode).await?
             && let Some(complaint) = answer.complaint()
         {
@@ -170,7 +170,7 @@ impl Run {
         // Plain NATS keeps nothing for who comes late.
         link.round_trip().await?;
         let subject = link.subjects.execute_at(self.request.priority());
-        let sent = hand_in::send(link, &subject, inbox, HeaderMap::new(), payload).await?;
+        let sent = hand_in::send(link, &subject, inbox, hand_in::headers(), payload).await?;
         interrupt.published();
         let mut replies = sent.replies;
         let mut looks = interval_at(Instant::now() + LOOK, LOOK);

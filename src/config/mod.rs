@@ -80,6 +80,8 @@ pub struct Config {
     pub reap_interval: Duration,
     /// `HTTP_ADDR`: where health and metrics are served. Absent: nowhere.
     pub http_addr: Option<SocketAddr>,
+    /// Where traces are exported. Absent: nowhere.
+    pub traces: Option<Traces>,
     /// `LOG_FORMAT`.
     pub log_format: LogFormat,
     /// `RUST_LOG`, checked when the log starts.
@@ -171,6 +173,20 @@ pub struct Streams {
     pub records_max_bytes: u64,
     /// `OBJECTS_MAX_BYTES`.
     pub objects_max_bytes: u64,
+}
+
+/// Where traces are exported, and which.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Traces {
+    /// `OTEL_EXPORTER_OTLP_ENDPOINT`: the collector's address, without the path of traces.
+    pub endpoint: String,
+    /// `OTEL_EXPORTER_OTLP_HEADERS`: names and values for each request to it.
+    pub headers: Vec<(String, Secret)>,
+    /// `OTEL_SERVICE_NAME`.
+    pub service_name: String,
+    /// `OTEL_TRACES_SAMPLER_ARG`: the share of jobs that is traced of those whose request does not
+    /// say, from 0 to 1.
+    pub ratio: f64,
 }
 
 /// The shape of the log.

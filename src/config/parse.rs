@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::settings;
+use hyper::header::{HeaderName, HeaderValue};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
@@ -245,6 +246,66 @@ impl Problems {
                 None
             }
         }
+    }
+
+    /// The address of an HTTP server. Nothing of a bad one is repeated: it may hold a password.
+    pub(super) fn http_url(&mut self, name: &'static str, given: Option<String>) -> Option<String> {
+        let given = given?;
+        let is_plain = |url: &url::Url| {
+            let has_more = url.query().is_some() || url.fragment().is_some();
+            let has_user = !url.username().is_empty() || url.password().is_some();
+            matches!(url.scheme(), "http" | "https") && url.has_host() && !has_more && !has_user
+        };
+        match url::Url::parse(given.trim()).ok().filter(is_plain) {
+            Some(url) => Some(url.as_str().trim_end_matches('/').to_owned()),
+            None => {
+                self.say(
+                    name,
+                    "expected an address such as http://host:4318 or https://host, without user, password and query",
+                );
+                None
+            }
+        }
+    }
+
+    /// HTTP headers, as OpenTelemetry has them in a variable. Nothing of them is repeated: they may be
+    /// secrets.
+    pub(super) fn headers(
+        &mut self,
+        name: &'static str,
+        given: Option<String>,
+    ) -> Vec<(String, Secret)> {
+        let header = |text: &str| {
+            let (name, value) = text.split_once('=')?;
+            let value = percent_encoding::percent_decode_str(value.trim()).decode_utf8().ok()?;
+            HeaderValue::from_str(&value).ok()?;
+            let name = HeaderName::from_bytes(name.trim().as_bytes()).ok()?;
+            Some((name.to_string(), Secret::new(value)))
+        };
+        self.parse(name, given, |text| {
+            let headers = list(text).zip(1..).map(|(text, at)| {
+                header(text).ok_or_else(|| {
+                    format!(
+                        "expected headers such as name=value, joined by commas; number {at} is none"
+                    )
+                })
+            });
+            headers.collect()
+        })
+    }
+
+    /// Any text, or the default.
+    pub(super) fn text(&mut self, name: &'static str, given: Option<String>) -> String {
+        self.parse(name, given, |text| Ok(text.to_owned()))
+    }
+
+    pub(super) fn share(&mut self, name: &'static str, given: Option<String>) -> f64 {
+        self.parse(name, given, |text| {
+            text.parse()
+                .ok()
+                .filter(|share| (0.0..=1.0).contains(share))
+                .ok_or_else(|| format!("expected a number from 0 to 1, got {text:?}"))
+        })
     }
 
     pub(super) fn log_filter(&mut self, name: &'static str, given: Option<String>) -> String {

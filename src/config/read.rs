@@ -8,7 +8,7 @@ use super::parse::{Problems, Servers};
 use super::raw::Raw;
 use super::{
     Config, ConfigError, Confinement, Delivery, Docker, Images, LogFormat, Nats, Policy,
-    PullPolicy, Secret, Streams, Warm, file, settings,
+    PullPolicy, Secret, Streams, Traces, Warm, file, settings,
 };
 use crate::job::Limits;
 use crate::protocol::Subjects;
@@ -224,6 +224,11 @@ impl Config {
             p.say("WARM_CONTAINERS", "must not be less than the number of WARM_IMAGES");
         }
 
+        let endpoint = p.http_url("OTEL_EXPORTER_OTLP_ENDPOINT", raw.otel_exporter_otlp_endpoint);
+        let headers = p.headers("OTEL_EXPORTER_OTLP_HEADERS", raw.otel_exporter_otlp_headers);
+        let service_name = p.text("OTEL_SERVICE_NAME", raw.otel_service_name);
+        let ratio = p.share("OTEL_TRACES_SAMPLER_ARG", raw.otel_traces_sampler_arg);
+
         Self {
             nats,
             subjects: Subjects::new(&prefix),
@@ -268,6 +273,7 @@ impl Config {
             engine_timeout: p.nonzero_duration("ENGINE_TIMEOUT", raw.engine_timeout),
             reap_interval: p.nonzero_duration("REAP_INTERVAL", raw.reap_interval),
             http_addr: p.socket_addr("HTTP_ADDR", raw.http_addr),
+            traces: endpoint.map(|endpoint| Traces { endpoint, headers, service_name, ratio }),
             log_format: p.choice(
                 "LOG_FORMAT",
                 raw.log_format,

@@ -154,6 +154,22 @@ pub const SETTINGS: &[Setting] = &[
         "",
         "Address for health and metrics, such as 127.0.0.1:9464; empty for no listener",
     ),
+    s(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "",
+        "Collector of traces over OTLP/HTTP, such as http://localhost:4318; empty for none",
+    ),
+    s(
+        "OTEL_EXPORTER_OTLP_HEADERS",
+        "",
+        "Headers for the collector, such as its key: name=value, joined by commas, %-encoded",
+    ),
+    s("OTEL_SERVICE_NAME", "worker-spawner", "What this daemon is called in traces"),
+    s(
+        "OTEL_TRACES_SAMPLER_ARG",
+        "1",
+        "Share of the jobs that are traced, 0 to 1, of those whose request does not say",
+    ),
     s("LOG_FORMAT", "text", "Log lines: text or json"),
     s("RUST_LOG", "info", "Log level, or a filter such as worker_spawner=debug"),
     s(

@@ -115,6 +115,11 @@ fn a_bad_value_says_what_was_expected() {
         ("NATS_USER", "me", "NATS_PASSWORD: must be set too"),
         ("NATS_TLS_KEY", "/k", "NATS_TLS_CERT: must be set too"),
         ("RUST_LOG", "worker_spawner=loud", "log filter"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "localhost:4318", "such as http://host:4318"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://host/?a=b", "without user, password and query"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "a=b,c", "number 2 is none"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "a b=c", "number 1 is none"),
+        ("OTEL_TRACES_SAMPLER_ARG", "1.5", "a number from 0 to 1"),
         ("DOCKER_HOST", "https://engine:2376", "folder with ca.pem"),
         ("DOCKER_HOST", "tcp://[bad", "an address such as"),
         ("DEFAULT_TIMEOUT", "0s", "longer than zero"),
@@ -164,13 +169,20 @@ fn secrets_reach_no_debug_output_and_no_error() {
         let shown = format!("{:?}", config(&[var]).unwrap());
         assert!(!shown.contains("hunter2") && shown.contains("[redacted]"), "{shown}");
     }
+    let traces = [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "key=hunter2"),
+    ];
+    assert!(!format!("{:?}", config(&traces).unwrap()).contains("hunter2"));
     let found = problems(&[
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://me:hunter2@collector"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "hunter2"),
         ("NATS_URL", "ftp://me:hunter2@[bad"),
         ("NATS_TOKEN", "hunter2"),
         ("NATS_USER", "me"),
         ("NATS_PASSWORD", "hunter2"),
     ]);
-    assert!(found.len() == 2 && !format!("{found:?}").contains("hunter2"), "{found:?}");
+    assert!(found.len() == 4 && !format!("{found:?}").contains("hunter2"), "{found:?}");
 }
 
 #[test]
@@ -186,6 +198,24 @@ fn a_user_or_token_may_come_with_the_url() {
     );
     let found = problems(&[("NATS_URL", "me:x@one"), ("NATS_TOKEN", "y")]);
     assert!(found.len() == 1 && found[0].contains("only one of"), "{found:?}");
+}
+
+#[test]
+fn traces_are_exported_where_that_is_asked_for() {
+    assert_eq!(config(&[("OTEL_EXPORTER_OTLP_HEADERS", "a=b")]).unwrap().traces, None);
+    let traces = config(&[
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector/otlp/"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "Authorization=Basic%20YTpi, x-team = a=b"),
+        ("OTEL_TRACES_SAMPLER_ARG", "0.25"),
+    ]);
+    let headers = [("authorization", "Basic YTpi"), ("x-team", "a=b")];
+    let wanted = Traces {
+        endpoint: "https://collector/otlp".to_owned(),
+        headers: headers.map(|(name, value)| (name.to_owned(), Secret::new(value))).into(),
+        service_name: "worker-spawner".to_owned(),
+        ratio: 0.25,
+    };
+    assert_eq!(traces.unwrap().traces, Some(wanted));
 }
 
 #[test]

@@ -169,6 +169,11 @@ impl Page<'_> {
             let help = "Requests that wait in the stream, for all instances together";
             self.gauges("queue_requests", help, queued)?;
         }
+        if let Some((exported, dropped)) = readings.spans {
+            self.counter("spans_exported", "Spans that the collector took", exported)?;
+            let help = "Spans that the collector did not take, or not in time";
+            self.counter("spans_dropped", help, dropped)?;
+        }
         Ok(())
     }
 

@@ -25,6 +25,8 @@ pub struct Readings {
     pub buffered: Option<u64>,
     /// Requests that wait in the stream, of each priority by its name.
     pub queued: Option<Vec<(&'static str, u64)>>,
+    /// Spans that a collector took, and spans that were dropped.
+    pub spans: Option<(u64, u64)>,
     /// The containers that wait for jobs.
     pub warm: Option<WarmCounts>,
 }

@@ -48,10 +48,12 @@ impl Runner {
                 false
             }
         };
-        if published {
-            self.metrics.published(made.elapsed());
+        let took = published.then(|| made.elapsed());
+        if let Some(took) = took {
+            self.metrics.published(took);
             settle.done().await;
         }
+        self.export(&outcome, context, took);
     }
 
     /// Publishes and records an outcome. Returns whether the request is done with.

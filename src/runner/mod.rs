@@ -32,6 +32,7 @@ use crate::retry::Backoff;
 use crate::service::Tally;
 use crate::shutdown::Shutdown;
 use crate::source::{Delivery, JOB_TTL, Message, REQUEST_OBJECT, Settle, expiry};
+use crate::spans::{JobSpan, Spans};
 use crate::state::{Opened, Records};
 use crate::trace::TraceContext;
 
@@ -113,6 +114,8 @@ pub struct Runner {
     /// Told when a run failed for the engine's sake, so that it is looked at before the next.
     suspicions: watch::Sender<u64>,
     metrics: Metrics,
+    /// Where spans of jobs are exported.
+    spans: Option<Arc<Spans>>,
 }
 
 /// Who asked, where the answer goes, and since when they wait.
@@ -123,6 +126,8 @@ struct Context {
     attempt: u32,
     /// How many of the attempts do not count.
     spare: u32,
+    /// Where this attempt's spans are to be exported: their ids.
+    span: Option<JobSpan>,
 }
 
 /// A request that will not run, and why.
@@ -156,6 +161,7 @@ impl Runner {
             shutdown,
             suspicions,
             metrics: Metrics::default(),
+            spans: None,
         }
     }
 
@@ -169,6 +175,12 @@ impl Runner {
     #[must_use]
     pub fn metered(self, metrics: Metrics) -> Self {
         Self { metrics, ..self }
+    }
+
+    /// The same, with spans of its jobs exported.
+    #[must_use]
+    pub fn traced(self, spans: Option<Arc<Spans>>) -> Self {
+        Self { spans, ..self }
     }
 
     /// Has jobs that are taken from now on follow these rules.
@@ -217,6 +229,7 @@ impl Runner {
         let Some((mut ticket, settle, slot)) = admitted else { return };
         crate::stage!("admitted", id);
         (context.attempt, context.spare) = (ticket.attempt(), ticket.record().handed_over);
+        self.begin_span(&mut context, &id);
         let failure = match decoded {
             _ if context.attempt > self.options.max_attempts + context.spare => {
                 context.attempt -= 1;
@@ -244,11 +257,14 @@ impl Runner {
             }
             Err(Refused { id, image, failure }) => (id, image, failure),
         };
+        self.begin_span(&mut context, &id);
         let outcome = self.outcome(id, image, &NO_LIMITS, &context, Attempt::failed(failure));
         self.report(&outcome);
+        let made = Instant::now();
         let publish = async {
             self.publisher.publish(&outcome, &context.route, &self.shutdown.stopping).await;
             self.tally(&outcome, &context);
+            self.export(&outcome, &context, Some(made.elapsed()));
             if outcome.status == Status::Rejected
                 && let Some(error) = &outcome.error
             {
@@ -287,6 +303,7 @@ impl Runner {
         };
         // The claim is no attempt.
         context.attempt = (ticket.attempt() - 1).max(1);
+        self.begin_span(&mut context, &id);
         let error = exhausted(&format!("delivered {deliveries} times"));
         let attempt = Attempt::failed(Failure::Permanent(error));
         let mut outcome = self.outcome(id, image, &NO_LIMITS, &context, attempt);
@@ -294,11 +311,14 @@ impl Runner {
             outcome.status = Status::Cancelled;
             outcome.error = Some(verdict::cancelled());
         }
-        tokio::select! {
+        let made = Instant::now();
+        let published = tokio::select! {
             biased;
             published = self.publish(&mut outcome, &context, &mut ticket) => published,
             () = self.shutdown.silent.cancelled() => false,
-        }
+        };
+        self.export(&outcome, &context, published.then(|| made.elapsed()));
+        published
     }
 
     /// The body of a request that is kept as an object; nothing where the message is the request.
@@ -343,12 +363,8 @@ impl Runner {
         let trace = TraceContext::of(header);
         let route = Route { results: true, replies, trace };
         let attempt = message.attempt;
-        let context = Context { message, route, begun, attempt, spare: 0 };
-        let decoded = decoded.map_err(|refusal| *refusal).and_then(|mut request| {
-            for (name, value) in context.route.trace.iter().flat_map(TraceContext::variables) {
-                // The caller's own word counts for more.
-                request.job.env.entry(name).or_insert_with(|| value.to_owned());
-            }
+        let context = Context { message, route, begun, attempt, spare: 0, span: None };
+        let decoded = decoded.map_err(|refusal| *refusal).and_then(|request| {
             match expiry(&context.message.headers, context.message.received_at) {
                 Ok(_) => Ok(request),
                 Err(why) => Err(Refusal {
@@ -411,6 +427,22 @@ impl Runner {
             },
             usage: judged.exit.map(|exit| exit.usage).unwrap_or_default(),
             trace: context.route.trace.clone(),
+        }
+    }
+
+    /// Makes this attempt a span of its trace, where spans are exported: it is what is passed on from
+    /// here.
+    fn begin_span(&self, context: &mut Context, id: &JobId) {
+        let Some(spans) = &self.spans else { return };
+        let caller = context.route.trace.take();
+        let (own, span) = spans.begin(caller, id, context.message.received_at);
+        (context.route.trace, context.span) = (Some(own), span);
+    }
+
+    /// Exports the spans of an attempt whose outcome took so long to be confirmed, if it was.
+    fn export(&self, outcome: &Outcome, context: &Context, published: Option<Duration>) {
+        if let (Some(spans), Some(span)) = (&self.spans, &context.span) {
+            spans.tell(span, outcome, &context.message.subject, published);
         }
     }
 

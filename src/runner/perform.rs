@@ -19,6 +19,7 @@ use crate::protocol::Request;
 use crate::protocol::record::State;
 use crate::source::core::Once;
 use crate::source::{Closed, Settle};
+use crate::trace::TraceContext;
 
 /// What remains to be done once an attempt is over.
 enum Next {
@@ -46,7 +47,7 @@ impl Runner {
         settle: Box<dyn Settle>,
         slot: Slot,
     ) {
-        let Request { job, expires_at, retry, stdin_object, live_logs, .. } = request;
+        let Request { mut job, expires_at, retry, stdin_object, live_logs, .. } = request;
         let (id, image, limits) = (job.id.clone(), job.image.clone(), job.limits.clone());
         let recorded = matches!(ticket, Ticket::Claimed(_));
         let registration = self.cancels.register(&id, recorded);
@@ -59,6 +60,14 @@ impl Runner {
             let mut outcome = self.outcome(id, Some(image), &limits, &context, attempt);
             outcome.status = Status::Cancelled;
             return self.conclude(outcome, &context, &mut ticket, settle).await;
+        }
+        let trace = match &context.span {
+            Some(span) => Some(span.for_function()),
+            None => context.route.trace.clone(),
+        };
+        for (name, value) in trace.iter().flat_map(TraceContext::variables) {
+            // The caller's own word counts for more.
+            job.env.entry(name).or_insert_with(|| value.to_owned());
         }
         crate::failpoint!("job.claimed");
 
@@ -92,7 +101,13 @@ impl Runner {
                 report_again(&id, &attempt.verdict, &context, delay);
                 self.metrics.retried();
                 match self.try_again(settle, &mut ticket, &orders, &mut run, delay).await {
-                    Again::Arranged => return,
+                    Again::Arranged => {
+                        if context.span.is_some() {
+                            let outcome = self.outcome(id, Some(image), &limits, &context, attempt);
+                            self.export(&outcome, &context, None);
+                        }
+                        return;
+                    }
                     // Nobody takes the job back: this attempt was the last.
                     Again::Refused { settle, cleaned } => (settle, cleaned),
                 }

@@ -2,7 +2,6 @@
 
 mod source;
 
-use async_nats::HeaderMap;
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
 use futures::StreamExt;
@@ -136,7 +135,7 @@ impl Submit {
         }
         let subject = link.subjects.execute_at(urgency(&request));
         let payload = serde_json::to_vec(&request)?.into();
-        let mut sent = hand_in::send(link, &subject, inbox, HeaderMap::new(), payload).await?;
+        let mut sent = hand_in::send(link, &subject, inbox, hand_in::headers(), payload).await?;
         match sent.accepted(link, mode).await? {
             Some(answer) => Ok(Fate::Ended(Box::new(answer))),
             None if self.waits() => {
