@@ -19,6 +19,7 @@ use crate::protocol::Request;
 use crate::protocol::record::State;
 use crate::source::core::Once;
 use crate::source::{Closed, Settle};
+use crate::spans::JobSpan;
 use crate::trace::TraceContext;
 
 /// What remains to be done once an attempt is over.
@@ -61,11 +62,9 @@ impl Runner {
             outcome.status = Status::Cancelled;
             return self.conclude(outcome, &context, &mut ticket, settle).await;
         }
-        let trace = match &context.span {
-            Some(span) => Some(span.for_function()),
-            None => context.route.trace.clone(),
-        };
-        for (name, value) in trace.iter().flat_map(TraceContext::variables) {
+        let own = context.span.as_ref().map(JobSpan::for_function);
+        let trace = own.as_ref().or(context.route.trace.as_ref());
+        for (name, value) in trace.into_iter().flat_map(TraceContext::variables) {
             // The caller's own word counts for more.
             job.env.entry(name).or_insert_with(|| value.to_owned());
         }

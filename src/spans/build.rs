@@ -120,16 +120,16 @@ fn attributes(outcome: &Outcome, subject: &str) -> Vec<KeyValue> {
         KeyValue::new("messaging.operation.type", "process"),
         KeyValue::new("messaging.operation.name", "process"),
         KeyValue::new("messaging.destination.name", subject.to_owned()),
-        KeyValue::new("job.id", outcome.id.to_string()),
-        KeyValue::new("job.status", outcome.status.as_str()),
-        KeyValue::new("job.attempt", i64::from(outcome.attempt)),
-        KeyValue::new("job.worker", outcome.worker.clone()),
+        KeyValue::new("worker_spawner.job.id", outcome.id.to_string()),
+        KeyValue::new("worker_spawner.job.status", outcome.status.as_str()),
+        KeyValue::new("worker_spawner.job.attempt", i64::from(outcome.attempt)),
+        KeyValue::new("worker_spawner.worker", outcome.worker.clone()),
     ];
     let mut optional = |name, value: Option<Value>| {
         attributes.extend(value.map(|value| KeyValue::new(name, value)));
     };
     optional("container.image.name", outcome.image.clone().map(Value::from));
-    optional("job.start", outcome.start.map(|start| start.as_str().into()));
+    optional("worker_spawner.job.start", outcome.start.map(|start| start.as_str().into()));
     optional("process.exit.code", outcome.exit_code.map(Value::from));
     let code = outcome.error.as_ref().map(|error| error.code.clone().into());
     let is_error = is_error(outcome.status);

@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use anyhow::Context;
 use async_trait::async_trait;
+use http_body_util::{BodyExt, Full, Limited};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
-use opentelemetry_http::hyper::HyperClient;
+use hyper_util::rt::TokioExecutor;
 use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
 use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig, WithHttpConfig};
 
@@ -17,6 +19,8 @@ use crate::config::Traces;
 
 /// How long the collector may take to answer, and how long a batch is tried again.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The longest answer that is read, in bytes. It says nothing, or which spans were bad.
+const MAX_ANSWER: usize = 64 << 10;
 
 /// What takes spans to the collector.
 ///
@@ -24,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// See [`super::Spans::start`].
 pub(super) fn exporter(traces: &Traces) -> anyhow::Result<SpanExporter> {
     let collector = Collector {
-        http: HyperClient::new(connector(&traces.endpoint)?, PATIENCE, None),
+        http: Client::builder(TokioExecutor::new()).build(connector(&traces.endpoint)?),
         is_failing: AtomicBool::new(false),
     };
     let headers = traces.headers.iter();
@@ -58,11 +62,17 @@ fn connector(endpoint: &str) -> anyhow::Result<HttpsConnector<HttpConnector>> {
 /// The collector. That it fails is said when it begins, and when it is over.
 #[derive(Debug)]
 struct Collector {
-    http: HyperClient<HttpsConnector<HttpConnector>>,
+    http: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     is_failing: AtomicBool,
 }
 
 impl Collector {
+    async fn post(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
+        let (head, body) = self.http.request(request.map(Full::new)).await?.into_parts();
+        let body = Limited::new(body, MAX_ANSWER).collect().await?.to_bytes();
+        Ok(Response::from_parts(head, body))
+    }
+
     fn failed(&self, why: impl Display) {
         if !self.is_failing.swap(true, Ordering::Relaxed) {
             tracing::warn!(%why, "the collector does not take spans; they are dropped until it does");
@@ -73,7 +83,8 @@ impl Collector {
 #[async_trait]
 impl HttpClient for Collector {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
-        let answer = self.http.send_bytes(request).await;
+        let answer = tokio::time::timeout(PATIENCE, self.post(request)).await;
+        let answer = answer.unwrap_or_else(|_| Err("it does not answer".into()));
         match &answer {
             Err(error) => self.failed(chain(error.as_ref())),
             Ok(answer) if !answer.status().is_success() => {

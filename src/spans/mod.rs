@@ -35,7 +35,7 @@ const BATCH: usize = 512;
 /// How long the first span of a batch waits for others.
 const DELAY: Duration = Duration::from_secs(1);
 /// How long the rest may take at the end.
-const LAST_PATIENCE: Duration = Duration::from_secs(3);
+const LAST_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Where spans are told of, on their way to the collector.
 #[derive(Debug)]

@@ -247,7 +247,9 @@ fn file(path: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn what_is_written_of_metrics_is_what_there_is() {
-    let world = World::durable(&[ANY_PORT]).await;
+    // No collector is needed to count what does not get there.
+    let exporting = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1");
+    let world = World::durable(&[ANY_PORT, exporting]).await;
     let addr = address(&world.daemon).await;
     eventually("the depth of the queue is known", || async {
         Metrics::of(addr).await.get("queue_requests{priority=\"high\"}").is_some()

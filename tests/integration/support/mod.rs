@@ -5,6 +5,7 @@
 //! --pdeathsig`: the kernel ends it when the test's own thread ends. That is why servers are
 //! spawned from the test's thread and never from a pool.
 
+pub(crate) mod collector;
 pub(crate) mod daemon;
 pub(crate) mod engine;
 pub(crate) mod fleet;
