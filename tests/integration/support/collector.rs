@@ -1,5 +1,5 @@
-//! A collector of traces. It stands in for a real one, of which there is no package: what it is sent it
-//! reads with the types that are generated from OTLP's own definition.
+//! A collector of traces. It stands in for a real one, which fails when it likes and not when a test does:
+//! what it is sent it reads with the types that are generated from OTLP's own definition.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
