@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the client examples, each with a real client library, against a daemon, a NATS server and an engine.
-# The libraries are fetched once and kept under target/clients/. WORKER_SPAWNER_BIN names another daemon to test.
+# A collector takes the traces of it all. Libraries and collector are fetched once and kept under target/clients/.
+# WORKER_SPAWNER_BIN names another daemon to test.
 
 set -euo pipefail
 # shellcheck source=scripts/services.sh
@@ -16,17 +17,23 @@ declare -A ADDRESSES LOGS
 # --- The clients: each has a way to be made ready, and a command ------------------------------------------------
 
 ready_python() {
-    local venv="$CACHE/python" wanted=examples/clients/python/requirements.txt
+    ready_venv python nats examples/clients/python/requirements.txt || return 1
+    CLIENT=("$CACHE/python/bin/python" examples/clients/python/client.py)
+}
+
+# ready_venv NAME MODULE REQUIREMENTS: a virtual environment with what the file asks for, which has that module.
+ready_venv() {
+    local venv="$CACHE/$1" module=$2 wanted=$3
     have 'python3 -c "import ensurepip, venv"' python3 python3-venv || return 1
     # A virtual environment breaks with the interpreter it was made by.
-    if ! cmp -s "$wanted" "$venv/requirements.txt" || ! "$venv/bin/python" -c 'import nats' &>/dev/null; then
-        say "installing nats-py"
+    if ! cmp -s "$wanted" "$venv/requirements.txt" ||
+        ! "$venv/bin/python" -c "import importlib.util as u; exit(not u.find_spec('$module'))" &>/dev/null; then
+        say "installing what $wanted asks for"
         rm -rf "$venv"
         python3 -m venv "$venv"
-        "$venv/bin/pip" install --quiet --disable-pip-version-check --require-hashes -r "$wanted"
+        "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --require-hashes -r "$wanted" || return 1
         cp "$wanted" "$venv/requirements.txt"
     fi
-    CLIENT=("$venv/bin/python" examples/clients/python/client.py)
 }
 
 ready_discovery() {
@@ -52,6 +59,11 @@ ready_node() {
     # Node looks for libraries beside the program.
     cp "$source/client.mjs" "$dir/"
     CLIENT=(node "$dir/client.mjs")
+}
+
+ready_traces() {
+    [[ -n $COLLECTOR ]] || return 1
+    CLIENT=("$WORKER_SPAWNER_BIN" run --quiet)
 }
 
 ready_rust() {
@@ -118,7 +130,28 @@ waits_for_its_turn() {
 }
 times_busy() { grep -c 'error=busy: ' "$LOG" || true; }
 
-misses_the_daemon() { expect 1 '' 'is worker-spawner running?' true; }
+# The trace of a job, from this machine's environment to the collector.
+is_traced() {
+    local trace
+    trace="$(od -An -N16 -tx1 /dev/urandom | tr -d ' ')"
+    TRACEPARENT="00-$trace-00f067aa0ba902b7-01" expect 0 'traced\n' '' -- echo traced || return 1
+    wait_until 30 has_spans "$trace" 'process functions.execute' queue pull start run publish || {
+        warn "the collector has not got the spans of trace $trace"
+        cat "$WORK/collector.log" >&2
+        return 1
+    }
+}
+
+# has_spans TRACE NAME…: the collector has told of spans with these names, of that trace.
+has_spans() {
+    local trace=$1 name
+    shift
+    for name in "$@"; do
+        grep -q "Name *: $name\$" <(grep -A3 "Trace ID *: $trace" "$WORK/collector.log") || return 1
+    done
+}
+
+misses_the_daemon() { NATS_URL=$EMPTY_NATS_ADDRESS expect 1 '' 'is worker-spawner running?' true; }
 
 # try NAME CHECK…: one client through all checks, with each of the daemons.
 try() {
@@ -130,15 +163,14 @@ try() {
         return
     fi
     for kind in "${!ADDRESSES[@]}"; do
-        export NATS_URL=$EMPTY_NATS_ADDRESS
+        export NATS_URL=${ADDRESSES[$kind]}
         LOG=${LOGS[$kind]}
-        for check in misses_the_daemon "$@"; do
+        for check in "$@"; do
             if ! "$check"; then
                 warn "$name, $kind: $check failed"
                 FAILED=$((FAILED + 1))
                 continue 2
             fi
-            NATS_URL=${ADDRESSES[$kind]}
         done
         say "$name, $kind: passed"
         PASSED=$((PASSED + 1))
@@ -166,11 +198,31 @@ serve() {
     ADDRESSES[$kind]=$NATS_ADDRESS
     LOGS[$kind]="$dir/daemon.log"
     env -u REPLY_PREFIXES -u DELIVERY NATS_URL="$NATS_ADDRESS" MAX_CONTAINERS=1 RUN_SLOT_TIMEOUT=50ms PULL_POLICY=never \
-        IMAGE_ALLOWLIST='worker-spawner-test/*' "$WORKER_SPAWNER_BIN" >"${LOGS[$kind]}" 2>&1 </dev/null &
+        IMAGE_ALLOWLIST='worker-spawner-test/*' OTEL_EXPORTER_OTLP_ENDPOINT="$COLLECTOR" "$WORKER_SPAWNER_BIN" >"${LOGS[$kind]}" 2>&1 </dev/null &
     at_exit "stop_process $! 60"
     wait_until 30 grep -q " ready .* delivery=\"$kind\"" "${LOGS[$kind]}" ||
         die "no daemon with the delivery $kind is ready: $(<"${LOGS[$kind]}")"
 }
+
+# collector_start: sets COLLECTOR to the address of one that tells of each span in a log.
+COLLECTOR=''
+collector_start() {
+    local program ports
+    ready_venv collector rotel scripts/collector-requirements.txt || return 0
+    program="$(echo "$CACHE"/collector/lib/python3*/site-packages/rotel/rotel-agent)"
+    # Two that are free now: it cannot choose for itself and say so.
+    ports="$(python3 -c 'import socket
+held = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+print(*(one.getsockname()[1] for one in held))')"
+    "$program" start --exporter blackhole --debug-log traces --debug-log-verbosity detailed \
+        --otlp-http-endpoint "127.0.0.1:${ports% *}" --otlp-grpc-endpoint "127.0.0.1:${ports#* }" \
+        >"$WORK/collector.log" 2>&1 </dev/null 9<&- &
+    at_exit "stop_process $! 10"
+    wait_until 20 grep -q 'Starting Rotel' "$WORK/collector.log" ||
+        die "the collector did not start: $(<"$WORK/collector.log")"
+    COLLECTOR="http://127.0.0.1:${ports% *}"
+}
+collector_start
 
 # One that nobody listens on.
 nats_start "$WORK/empty"
@@ -186,10 +238,11 @@ serve core
 serve jetstream --jetstream --store_dir "$WORK/store"
 
 for client in python node rust; do
-    try "$client" greets takes_bytes tells_errors waits_for_its_turn
+    try "$client" misses_the_daemon greets takes_bytes tells_errors waits_for_its_turn
 done
 
-try discovery is_found
+try discovery misses_the_daemon is_found
+try traces is_traced
 
 ((FAILED == 0)) || tail -n +1 "${LOGS[@]}" >&2
 printf 'clients: %d passed, %d failed' "$PASSED" "$FAILED"
