@@ -20,6 +20,8 @@ use crate::job::{Failure, Job, JobError, Limits, Usage, code};
 const START_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a container may take to be seen to have ended after its line did.
 const END_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a container whose agent has told the end is left to end by itself.
+const EXIT_PATIENCE: Duration = Duration::from_secs(1);
 /// Exit code of a process that SIGKILL ended.
 const KILLED: i64 = 128 + 9;
 
@@ -167,6 +169,11 @@ impl WarmRun {
     pub(in crate::backend::docker) async fn cleanup(&mut self) -> Result<(), CleanupError> {
         // The line first: an engine that cannot write to it holds on to the container.
         (self.ear, self.voice, self.feeding, self.inquest) = (None, None, None, None);
+        if self.exited {
+            // Docker 20.10 lists a container for ever, without a name, that is removed in the moment of
+            // its end. Over either way: what does not end by itself is killed.
+            let _ = tokio::time::timeout(EXIT_PATIENCE, self.container.exit_code()).await;
+        }
         self.container.remove().await
     }
 }
