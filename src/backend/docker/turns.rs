@@ -9,7 +9,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, watch};
 
 /// How long a removal waits before it looks whether a creation is under way: time for the caller
 /// who just got a result to send the next request.
@@ -27,6 +27,7 @@ const MAX_QUEUE: Duration = Duration::from_secs(10);
 pub(super) struct Turns {
     creating: watch::Sender<usize>,
     starting: AtomicUsize,
+    started: Notify,
     removing: Semaphore,
 }
 
@@ -39,7 +40,7 @@ pub(super) struct Starting<'a>(&'a Turns);
 impl Turns {
     pub(super) fn new() -> Self {
         let (creating, starting) = (watch::Sender::new(0), AtomicUsize::new(0));
-        Self { creating, starting, removing: Semaphore::new(1) }
+        Self { creating, starting, started: Notify::new(), removing: Semaphore::new(1) }
     }
 
     /// Marks a creation. Never waits.
@@ -57,6 +58,12 @@ impl Turns {
     /// How many jobs wait for a container just now.
     pub(super) fn starting(&self) -> usize {
         self.starting.load(Ordering::Relaxed)
+    }
+
+    /// Waits until one job less waits for a container, or is over at once if that has come about since
+    /// the last time. For one who waits.
+    pub(super) async fn started(&self) {
+        self.started.notified().await;
     }
 
     /// Waits until nobody waits for a creation: what is made ahead of time comes after it. Not for
@@ -89,6 +96,7 @@ impl Drop for Creating<'_> {
 impl Drop for Starting<'_> {
     fn drop(&mut self) {
         self.0.starting.fetch_sub(1, Ordering::Relaxed);
+        self.0.started.notify_one();
     }
 }
 
@@ -112,6 +120,20 @@ mod tests {
         assert!(tokio::time::timeout(MAX_YIELD / 2, &mut second).await.is_err());
         drop(creating);
         assert!(tokio::time::timeout(MAX_YIELD / 4, &mut second).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn jobs_that_wait_are_counted_and_their_end_is_told() {
+        let turns = Turns::new();
+        let (one, other) = (turns.start(), turns.start());
+        assert_eq!(turns.starting(), 2);
+        assert!(tokio::time::timeout(Duration::from_secs(1), turns.started()).await.is_err());
+        drop(one);
+        turns.started().await;
+        assert_eq!(turns.starting(), 1);
+        drop(other);
+        turns.started().await;
+        assert_eq!(turns.starting(), 0);
     }
 
     #[tokio::test(start_paused = true)]

@@ -31,12 +31,9 @@ use crate::retry::Backoff;
 use counters::Counters;
 pub(super) use counters::Miss;
 use creation::CreateError;
-use plan::{Step, View, next_step};
+use plan::{Step, View, budget, next_step};
 pub(super) use run::{Idle, WarmRun};
 
-/// With how many creations at once the engine makes the most containers, see `docs/BENCHMARKS.md`.
-/// Jobs that wait for one count first; one is made beside them in any case.
-const CREATIONS: usize = 4;
 /// How long after a job took a container the next one is begun: a short function has its result by
 /// then.
 const LINGER: Duration = Duration::from_millis(20);
@@ -282,7 +279,7 @@ impl Pool {
         let mut delivered_again: Option<Instant> = None;
         loop {
             self.look_after();
-            while creations.len() < CREATIONS.saturating_sub(shared.turns.starting()).max(1)
+            while creations.len() < budget(shared.turns.starting())
                 && let Some((key, pattern, image)) = self.next_creation(shared.turns.starting() > 0)
             {
                 let shared = shared.clone();
@@ -309,6 +306,7 @@ impl Pool {
                     }
                 }
                 () = self.wake.notified() => tokio::time::sleep(LINGER).await,
+                () = shared.turns.started() => {}
                 () = tokio::time::sleep(LOOK_INTERVAL) => {}
             }
         }

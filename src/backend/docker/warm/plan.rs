@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 const HOLD: Duration = Duration::from_secs(5);
 /// After how long without a use a kind that has little gives it up to one that wants still more.
 const QUIET: Duration = Duration::from_secs(60);
+/// With how many creations at once the engine makes the most containers, see `docs/BENCHMARKS.md`.
+const CREATIONS: usize = 4;
 
 /// One kind of container, as far as a plan goes.
 #[derive(Clone, Copy, Debug, Default)]
@@ -46,11 +48,17 @@ pub(super) enum Step {
     Rest,
 }
 
+/// How many containers may be on their way to a pool at once, with `starting` jobs that wait for one
+/// of their own. Never none: what makes jobs start sooner is wanted most where they are many.
+pub(super) fn budget(starting: usize) -> usize {
+    CREATIONS.saturating_sub(starting).max(1)
+}
+
 /// The next step of a pool of at most `capacity` containers.
 ///
 /// What was used last comes first, what was not used for longest goes first. While the engine is
-/// `busy` with jobs that wait for a container, none is thrown away that could still serve one: to
-/// replace it takes as much as the job's own would.
+/// `busy` with jobs that wait for a container, only what is all but forgotten is thrown away: to
+/// replace anything else takes as much as the job's own would.
 pub(super) fn next_step(kinds: &[View], capacity: usize, busy: bool, now: Instant) -> Step {
     if let Some(at) = kinds.iter().position(|kind| kind.idle > 0 && kind.have() > kind.want) {
         return Step::Evict(at);
@@ -78,7 +86,7 @@ pub(super) fn next_step(kinds: &[View], capacity: usize, busy: bool, now: Instan
         let has_enough = kind.have() > newcomer.have() + 1 || newcomer.have() == 0;
         kind.idle > 0
             && kind.have() > kind.floor
-            && (is_needier || (!busy && is_later && (has_enough || unused >= QUIET)))
+            && (is_needier || (is_later && (unused >= QUIET || (!busy && has_enough))))
     };
     let victims = kinds.iter().enumerate().filter(|(i, kind)| *i != at && gives_way(kind));
     victims
@@ -116,6 +124,13 @@ mod tests {
     }
 
     #[test]
+    fn jobs_that_wait_for_a_container_come_first() {
+        for (starting, budget_left) in [(0, 4), (1, 3), (3, 1), (4, 1), (9, 1)] {
+            assert_eq!(budget(starting), budget_left);
+        }
+    }
+
+    #[test]
     fn no_more_are_made_than_there_is_room_for() {
         let now = Instant::now() + Duration::from_secs(1000);
         let full = View { creating: 1, ..kind(4, 9, 0, now) };
@@ -140,6 +155,8 @@ mod tests {
         // Not while jobs wait for containers, but for an image that is kept warm.
         let newcomer = kind(0, 1, 0, now);
         assert_eq!(next_step(&[old, older, newcomer], 2, true, now), Step::Rest);
+        let forgotten = kind(1, 1, 90, now);
+        assert_eq!(next_step(&[old, forgotten, newcomer], 2, true, now), Step::Evict(1));
         let needy = View { floor: 1, ..newcomer };
         assert_eq!(next_step(&[old, older, needy], 2, true, now), Step::Evict(1));
         // Not one that is in use.
