@@ -225,9 +225,13 @@ impl Config {
         }
 
         let endpoint = p.http_url("OTEL_EXPORTER_OTLP_ENDPOINT", raw.otel_exporter_otlp_endpoint);
-        let headers = p.headers("OTEL_EXPORTER_OTLP_HEADERS", raw.otel_exporter_otlp_headers);
-        let service_name = p.text("OTEL_SERVICE_NAME", raw.otel_service_name);
-        let ratio = p.share("OTEL_TRACES_SAMPLER_ARG", raw.otel_traces_sampler_arg);
+        // Other programs have these variables, too: they count for nothing where nothing is exported.
+        let traces = endpoint.map(|endpoint| Traces {
+            endpoint,
+            headers: p.headers("OTEL_EXPORTER_OTLP_HEADERS", raw.otel_exporter_otlp_headers),
+            service_name: p.text("OTEL_SERVICE_NAME", raw.otel_service_name),
+            ratio: p.share("OTEL_TRACES_SAMPLER_ARG", raw.otel_traces_sampler_arg),
+        });
 
         Self {
             nats,
@@ -273,7 +277,7 @@ impl Config {
             engine_timeout: p.nonzero_duration("ENGINE_TIMEOUT", raw.engine_timeout),
             reap_interval: p.nonzero_duration("REAP_INTERVAL", raw.reap_interval),
             http_addr: p.socket_addr("HTTP_ADDR", raw.http_addr),
-            traces: endpoint.map(|endpoint| Traces { endpoint, headers, service_name, ratio }),
+            traces,
             log_format: p.choice(
                 "LOG_FORMAT",
                 raw.log_format,

@@ -99,10 +99,14 @@ impl Runner {
             Next::Again(delay) => {
                 report_again(&id, &attempt.verdict, &context, delay);
                 self.metrics.retried();
+                let (finished_at, total) = (SystemTime::now(), context.message.received.elapsed());
                 match self.try_again(settle, &mut ticket, &orders, &mut run, delay).await {
                     Again::Arranged => {
                         if context.span.is_some() {
-                            let outcome = self.outcome(id, Some(image), &limits, &context, attempt);
+                            let mut outcome =
+                                self.outcome(id, Some(image), &limits, &context, attempt);
+                            (outcome.finished_at, outcome.timings.total) =
+                                (finished_at, Some(total));
                             self.export(&outcome, &context, None);
                         }
                         return;

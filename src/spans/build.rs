@@ -131,10 +131,11 @@ fn attributes(outcome: &Outcome, subject: &str) -> Vec<KeyValue> {
     optional("container.image.name", outcome.image.clone().map(Value::from));
     optional("worker_spawner.job.start", outcome.start.map(|start| start.as_str().into()));
     optional("process.exit.code", outcome.exit_code.map(Value::from));
-    let code = outcome.error.as_ref().map(|error| error.code.clone().into());
-    let is_error = is_error(outcome.status);
-    let code = code.or_else(|| is_error.then(|| outcome.status.as_str().into()));
-    optional("error.type", code);
+    let code = || match &outcome.error {
+        Some(error) => error.code.clone().into(),
+        None => outcome.status.as_str().into(),
+    };
+    optional("error.type", is_error(outcome.status).then(code));
     attributes
 }
 
@@ -156,4 +157,4 @@ fn status(outcome: &Outcome) -> trace::Status {
 
 #[cfg(test)]
 #[path = "build_tests.rs"]
-mod tests;
+pub(super) mod tests;

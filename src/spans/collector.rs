@@ -1,8 +1,7 @@
 //! The way to the collector.
 
 use std::error::Error;
-use std::fmt::Display;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -18,22 +17,40 @@ use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig, WithHttpConfi
 use crate::config::Traces;
 
 /// How long the collector may take to answer, and how long a batch is tried again.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// The longest answer that is read, in bytes. It says nothing, or which spans were bad.
 const MAX_ANSWER: usize = 64 << 10;
 
-/// What takes spans to the collector.
+/// What the collector said, or its connection, where it last took no spans: the exporter's own error
+/// does not say.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Complaint(Arc<Mutex<String>>);
+
+impl Complaint {
+    fn note(&self, why: String) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = why;
+    }
+
+    pub(super) fn last(&self) -> String {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// What takes spans to the collector, and why it did not.
 ///
 /// # Errors
 /// See [`super::Spans::start`].
-pub(super) fn exporter(traces: &Traces) -> anyhow::Result<SpanExporter> {
+pub(super) fn exporter(traces: &Traces) -> anyhow::Result<(SpanExporter, Complaint)> {
+    let complaint = Complaint::default();
     let collector = Collector {
         http: Client::builder(TokioExecutor::new()).build(connector(&traces.endpoint)?),
-        is_failing: AtomicBool::new(false),
+        complaint: complaint.clone(),
     };
+    // The exporter decodes them as it does those of its own variable, and they are decoded already.
+    let encoded = |value: &str| value.replace('%', "%25");
     let headers = traces.headers.iter();
-    let headers = headers.map(|(name, value)| (name.clone(), value.expose().to_owned()));
-    SpanExporter::builder()
+    let headers = headers.map(|(name, value)| (name.clone(), encoded(value.expose())));
+    let exporter = SpanExporter::builder()
         .with_http()
         .with_http_client(collector)
         .with_endpoint(format!("{}/v1/traces", traces.endpoint))
@@ -41,7 +58,8 @@ pub(super) fn exporter(traces: &Traces) -> anyhow::Result<SpanExporter> {
         .with_timeout(PATIENCE)
         .with_headers(headers.collect())
         .build()
-        .context("traces cannot be exported")
+        .context("traces cannot be exported")?;
+    Ok((exporter, complaint))
 }
 
 /// Connections with TLS where the address asks for it, to whom the system's authorities vouch for.
@@ -59,42 +77,34 @@ fn connector(endpoint: &str) -> anyhow::Result<HttpsConnector<HttpConnector>> {
     Ok(builder.https_or_http().enable_http1().build())
 }
 
-/// The collector. That it fails is said when it begins, and when it is over.
+/// The collector.
 #[derive(Debug)]
 struct Collector {
     http: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
-    is_failing: AtomicBool,
+    complaint: Complaint,
 }
 
 impl Collector {
     async fn post(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
         let (head, body) = self.http.request(request.map(Full::new)).await?.into_parts();
-        let body = Limited::new(body, MAX_ANSWER).collect().await?.to_bytes();
+        let body = match Limited::new(body, MAX_ANSWER).collect().await {
+            Ok(body) => body.to_bytes(),
+            // It has the spans, whatever else it had to say.
+            Err(_) if head.status.is_success() => Bytes::new(),
+            Err(error) => return Err(error),
+        };
         Ok(Response::from_parts(head, body))
-    }
-
-    fn failed(&self, why: impl Display) {
-        if !self.is_failing.swap(true, Ordering::Relaxed) {
-            tracing::warn!(%why, "the collector does not take spans; they are dropped until it does");
-        }
     }
 }
 
 #[async_trait]
 impl HttpClient for Collector {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
-        let answer = tokio::time::timeout(PATIENCE, self.post(request)).await;
-        let answer = answer.unwrap_or_else(|_| Err("it does not answer".into()));
+        self.complaint.note("it does not answer".to_owned());
+        let answer = self.post(request).await;
         match &answer {
-            Err(error) => self.failed(chain(error.as_ref())),
-            Ok(answer) if !answer.status().is_success() => {
-                self.failed(format_args!("it answers {}", answer.status()));
-            }
-            Ok(_) => {
-                if self.is_failing.swap(false, Ordering::Relaxed) {
-                    tracing::info!("the collector takes spans again");
-                }
-            }
+            Err(error) => self.complaint.note(chain(error.as_ref())),
+            Ok(answer) => self.complaint.note(format!("it answers {}", answer.status())),
         }
         answer
     }

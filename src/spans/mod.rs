@@ -13,17 +13,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use opentelemetry::trace::{SpanId, SpanKind, TraceId};
 use opentelemetry::{InstrumentationScope, KeyValue};
-use opentelemetry_otlp::SpanExporter;
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{
-    IdGenerator, RandomIdGenerator, Sampler, SamplingDecision, ShouldSample, SpanData,
-    SpanExporter as _,
+    IdGenerator, RandomIdGenerator, Sampler, SamplingDecision, ShouldSample, SpanData, SpanExporter,
 };
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::collector::{Complaint, PATIENCE};
 use crate::config::Traces;
 use crate::job::{JobId, Outcome};
 use crate::trace::TraceContext;
@@ -79,10 +78,9 @@ impl Spans {
     /// Begins to export. Does not wait for the collector.
     ///
     /// # Errors
-    /// No authority is known that could vouch for the collector, or a variable of OpenTelemetry that is
-    /// no setting of this program asks for what it cannot do.
+    /// No authority is known that could vouch for the collector, or the exporter does not take its address.
     pub fn start(traces: &Traces, worker: &str) -> anyhow::Result<Self> {
-        let mut exporter = collector::exporter(traces)?;
+        let (mut exporter, complaint) = collector::exporter(traces)?;
         let resource = Resource::builder_empty()
             .with_service_name(traces.service_name.clone())
             .with_attributes([
@@ -92,7 +90,7 @@ impl Spans {
         exporter.set_resource(&resource.build());
         let (queue, waiting) = mpsc::channel(QUEUE);
         let (counts, ended, task) = (Arc::default(), CancellationToken::new(), TaskTracker::new());
-        task.spawn(export(exporter, waiting, Arc::clone(&counts), ended.clone()));
+        task.spawn(export(exporter, complaint, waiting, Arc::clone(&counts), ended.clone()));
         Ok(Self {
             sampler: Sampler::TraceIdRatioBased(traces.ratio),
             ids: RandomIdGenerator::default(),
@@ -189,13 +187,16 @@ fn trace_id(job: &JobId, received_at: SystemTime) -> u128 {
     digest.iter().take(16).fold(0, |id, byte| id << 8 | u128::from(*byte))
 }
 
-/// Exports what comes, in batches, until all of it is exported that came before the end.
+/// Exports what comes, in batches, until all of it is exported that came before the end. That the
+/// collector takes nothing is said when it begins, and when it is over.
 async fn export(
-    exporter: SpanExporter,
+    exporter: impl SpanExporter,
+    complaint: Complaint,
     mut waiting: mpsc::Receiver<Vec<SpanData>>,
     counts: Arc<Counts>,
     ended: CancellationToken,
 ) {
+    let mut is_failing = false;
     loop {
         let first = tokio::select! {
             first = waiting.recv() => first,
@@ -219,12 +220,19 @@ async fn export(
             () = ended.cancelled() => {}
         }
         let size = batch.len() as u64;
-        // Why it failed the collector's client has said.
-        let count = match exporter.export(batch).await {
-            Ok(()) => &counts.exported,
-            Err(_) => &counts.dropped,
-        };
+        let exported = tokio::time::timeout(PATIENCE, exporter.export(batch)).await;
+        let failed = !matches!(exported, Ok(Ok(())));
+        let count = if failed { &counts.dropped } else { &counts.exported };
         count.fetch_add(size, Ordering::Relaxed);
+        match (is_failing, failed) {
+            (false, true) => {
+                let why = complaint.last();
+                tracing::warn!(%why, "the collector does not take spans; they are dropped until it does");
+            }
+            (true, false) => tracing::info!("the collector takes spans again"),
+            _ => {}
+        }
+        is_failing = failed;
     }
 }
 
@@ -232,7 +240,12 @@ async fn export(
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use std::sync::Mutex;
+
+    use opentelemetry_sdk::error::OTelSdkResult;
+
     use super::*;
+    use crate::job::{StartKind, Status};
     use crate::trace::{TRACEPARENT, TRACESTATE};
 
     const CALLER: &str = "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7";
@@ -290,5 +303,40 @@ mod tests {
         let trace = |spans: &Spans, at| spans.begin(None, &id, at).0.trace_id().to_owned();
         assert_eq!(trace(&half, UNIX_EPOCH), trace(&all, UNIX_EPOCH));
         assert_ne!(trace(&all, UNIX_EPOCH), trace(&all, UNIX_EPOCH + Duration::from_nanos(1)));
+    }
+
+    /// Keeps what it is given.
+    #[derive(Clone, Debug, Default)]
+    struct Kept(Arc<Mutex<Vec<Vec<SpanData>>>>);
+
+    impl SpanExporter for Kept {
+        async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+            self.0.lock().unwrap().push(batch);
+            Ok(())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_waits_at_the_end_is_exported_at_once_and_what_is_too_much_never() {
+        let (kept, id) = (Kept::default(), JobId::new());
+        let (queue, waiting) = mpsc::channel(2);
+        let spans = Spans { queue, ..spans(1.0) };
+        let span = spans.begin(None, &id, UNIX_EPOCH).1.unwrap();
+        let outcome = build::tests::ran(Status::Succeeded, StartKind::Cold);
+        for _ in 0..3 {
+            spans.tell(&span, &outcome, "functions.execute", None);
+        }
+        let each = spans.counts().1;
+        assert!(each > 0, "there is room for two");
+
+        let (begun, ended) = (tokio::time::Instant::now(), spans.ended.clone());
+        let counts = Arc::clone(&spans.counts);
+        let task = export(kept.clone(), Complaint::default(), waiting, counts, ended);
+        spans.task.spawn(task);
+        spans.finish().await;
+        assert!(begun.elapsed() < DELAY);
+        assert_eq!(spans.counts(), (2 * each, each));
+        let batches = kept.0.lock().unwrap();
+        assert_eq!(batches.iter().map(Vec::len).sum::<usize>() as u64, 2 * each);
     }
 }

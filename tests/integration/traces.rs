@@ -5,6 +5,7 @@ use async_nats::HeaderMap;
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use opentelemetry_proto::tonic::trace::v1::status::StatusCode;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use crate::cli::Client;
 use crate::support::collector::{Collector, Manner, text};
@@ -288,6 +289,10 @@ async fn a_collector_that_is_away_or_never_answers_delays_nothing() {
         world.daemon.signal(Signal::TERM);
         assert_eq!(world.daemon.exit().await.code(), Some(0));
         assert!(complaints(&world) <= 1, "{}", world.daemon.log().text());
+        if manner.is_some() {
+            let text = world.daemon.log().text();
+            assert!(text.contains("the spans of the last jobs are lost"), "{text}");
+        }
     }
 }
 
@@ -305,6 +310,23 @@ async fn the_end_of_the_daemon_exports_what_waits() {
     for id in ids {
         collector.attempts(&id, 1).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn headers_from_a_file_are_sent_as_they_are_meant() {
+    let collector = Collector::start(Manner::Takes).await;
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("worker-spawner.env");
+    let url = &collector.url;
+    let lines = format!(
+        "OTEL_EXPORTER_OTLP_ENDPOINT={url}\nOTEL_EXPORTER_OTLP_HEADERS=x-key=a%2541,x-team=b%20c\n"
+    );
+    std::fs::write(&file, lines).unwrap();
+    let world = World::start(&[("CONFIG_FILE", file.to_str().unwrap())]).await;
+    world.works(1).await;
+    eventually("spans are with the collector", || async { !collector.received().is_empty() }).await;
+    let received = &collector.received()[0];
+    assert_eq!((&*received.headers["x-key"], &*received.headers["x-team"]), ("a%41", "b c"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
