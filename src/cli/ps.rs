@@ -63,6 +63,7 @@ impl Ps {
     pub(super) async fn run(self) -> anyhow::Result<u8> {
         let link = Link::open(&self.connect, 4096).await?;
         let bucket = link.records("ps").await?;
+        let asked = SystemTime::now();
         let keys = bucket.keys().await;
         let keys = keys.map_err(|e| link.news.explain(format!("records cannot be listed: {e}")))?;
         let rows = keys
@@ -75,7 +76,10 @@ impl Ps {
             .try_filter_map(|record| std::future::ready(Ok(record)))
             .try_fold((Vec::new(), 0), |(mut rows, recorded), record| {
                 rows.extend(self.row(&record));
-                std::future::ready(Ok((rows, recorded + u64::from(is_in_the_queue(&record)))))
+                std::future::ready(Ok((
+                    rows,
+                    recorded + u64::from(was_in_the_queue(&record, asked)),
+                )))
             });
         let (read, queue) = tokio::join!(rows, queue::look(&link));
         let (mut rows, recorded): (Vec<Row>, u64) = read?;
@@ -136,9 +140,10 @@ impl Ps {
     }
 }
 
-/// Whether the record is of a request that the stream still keeps.
-fn is_in_the_queue(record: &Record) -> bool {
-    record.sequence.is_some() && record.state != State::Ended
+/// Whether the record is of a request that the stream still kept at that time: the queue is looked at
+/// once, and records may take longer to be read.
+fn was_in_the_queue(record: &Record, at: SystemTime) -> bool {
+    record.sequence.is_some() && (record.state != State::Ended || record.updated_at >= at)
 }
 
 impl Row {

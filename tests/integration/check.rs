@@ -190,7 +190,7 @@ async fn what_cannot_be_looked_at_is_listed_all_the_same() {
         let checked = check(&without.clone().set("DELIVERY", delivery)).await;
         assert_eq!(checked.listed(), LISTED);
         assert_eq!(checked.of("jetstream", found).len(), 1, "{:#?}", checked.findings);
-        checked.does_not_check(&["streams", "store"], "no JetStream is used here");
+        checked.does_not_check(&["streams", "store"], "there is no JetStream to look at");
     }
 }
 

@@ -16,7 +16,7 @@ const CHECKS: &[Check] = &[
     Check { name: "nats", needs: Some("settings"), blocks: "NATS cannot be reached" },
     leaf("max_payload", "nats"),
     Check { name: "inbox", needs: Some("nats"), blocks: "its answers would come to an inbox" },
-    Check { name: "jetstream", needs: Some("inbox"), blocks: "no JetStream is used here" },
+    Check { name: "jetstream", needs: Some("inbox"), blocks: "there is no JetStream to look at" },
     Check { name: "streams", needs: Some("jetstream"), blocks: "it is not known what they need" },
     leaf("store", "streams"),
     leaf("subscribe", "nats"),
@@ -73,7 +73,11 @@ mod tests {
         let check = |name: &str| CHECKS.iter().find(|check| check.name == name).unwrap();
         for (name, looked_at, wanted) in [
             ("store", &["settings", "nats"][..], "NATS cannot be reached"),
-            ("store", &["settings", "nats", "inbox", "jetstream"], "no JetStream is used here"),
+            (
+                "store",
+                &["settings", "nats", "inbox", "jetstream"],
+                "there is no JetStream to look at",
+            ),
             ("publish", &["settings"], "the settings cannot be used"),
             ("disk", &["settings", "nats", "engine"], "the engine cannot be used"),
         ] {

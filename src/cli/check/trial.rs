@@ -13,12 +13,13 @@ use serde_json::{Value, json};
 
 use super::nats::PATIENCE;
 use crate::cli::answer::Answer;
+use crate::cli::cancel::{self, Word};
 use crate::cli::client::Link;
 use crate::cli::context::NatsContext;
 use crate::cli::hand_in::{self, Mode};
 use crate::cli::options::Target;
 use crate::cli::parse::duration;
-use crate::cli::{cancel, records};
+use crate::cli::records;
 use crate::config::Config;
 use crate::finding::{Finding, Tell};
 use crate::job::{JobId, Status, code};
@@ -56,7 +57,7 @@ impl Trial {
         let Some(image) = &self.image else { return };
         let tried = async {
             let link = connect(config).await?;
-            let found = self.on(&link, durable, image).await;
+            let found = self.on(&link, durable, image, config.policy.max_timeout).await;
             link.close().await;
             found
         };
@@ -66,7 +67,13 @@ impl Trial {
         }));
     }
 
-    async fn on(&self, link: &Link, durable: bool, image: &str) -> anyhow::Result<Finding> {
+    async fn on(
+        &self,
+        link: &Link,
+        durable: bool,
+        image: &str,
+        max_timeout: Duration,
+    ) -> anyhow::Result<Finding> {
         let id = JobId::default();
         if is_deserted(link, &id).await {
             return Ok(Finding::fail(
@@ -76,7 +83,7 @@ impl Trial {
             ));
         }
         let inbox = link.client.new_inbox();
-        let request = serde_json::to_vec(&self.request(&id, image, &inbox))?.into();
+        let request = serde_json::to_vec(&self.request(&id, image, &inbox, max_timeout))?.into();
         let begun = Instant::now();
         tokio::select! {
             answer = outcome(link, durable, &id, inbox, request) => {
@@ -86,19 +93,28 @@ impl Trial {
                 bail!("the request is refused: {complaint}")
             }
             () = tokio::time::sleep(self.run_timeout) => {
-                let record = records::look(link, &id).await.ok().flatten();
-                // What nobody cancels is not started after its time, or ends by itself.
-                let _ = cancel::ask(link, &id).await;
-                Ok(late(record.map(|record| record.state), self.run_timeout))
+                let record = records::look(link, &id).await;
+                let word = cancel::ask(link, &id).await;
+                let place = match (&record, &word) {
+                    (Ok(Some(record)), _) => Place::Recorded(record.state),
+                    (_, Ok(Word { waits: true, .. })) => Place::Queue,
+                    (_, Ok(Word { followed: true, .. })) => Place::Worker,
+                    (Ok(None), _) => Place::Queue,
+                    _ => Place::Unknown,
+                };
+                Ok(late(place, self.run_timeout, word.err().as_ref()))
             }
         }
     }
 
-    fn request(&self, id: &JobId, image: &str, inbox: &str) -> Value {
+    fn request(&self, id: &JobId, image: &str, inbox: &str, max_timeout: Duration) -> Value {
+        // Whatever becomes of this program, the function ends.
+        let timeout = self.run_timeout.clamp(Duration::from_millis(1), max_timeout);
         let mut request = json!({
             "id": id.as_str(),
             "image_reference": image,
             "reply_to": inbox,
+            "timeout_ms": u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
         });
         if let Some(end) = SystemTime::now().checked_add(self.run_timeout) {
             request["expires_at"] = json!(rfc3339(end));
@@ -200,31 +216,48 @@ fn remedy(code: &str) -> &'static str {
     }
 }
 
-/// There was no outcome in time; the record said this of the job.
-fn late(state: Option<State>, waited: Duration) -> Finding {
-    let (what, remedy) = match state {
-        None => (
+/// Where a job is that there is no outcome of.
+#[derive(Clone, Copy)]
+enum Place {
+    /// Its record says so.
+    Recorded(State),
+    /// Before all workers, or in one that has no slot for it.
+    Queue,
+    /// In a worker, which keeps no records.
+    Worker,
+    Unknown,
+}
+
+/// There was no outcome in time, and the job could perhaps not be cancelled either.
+fn late(place: Place, waited: Duration, uncancelled: Option<&anyhow::Error>) -> Finding {
+    let (what, remedy) = match place {
+        Place::Unknown => (
+            "it is not known where it is",
+            "look at the workers' logs, and at worker-spawner top; this user cannot read the jobs' records",
+        ),
+        Place::Queue => (
             "no worker took it up",
             "start a daemon where none runs; worker-spawner top shows whether all slots are in use",
         ),
-        Some(State::Queued) => (
+        Place::Recorded(State::Queued) => (
             "it waits for another attempt",
             "look at the workers' logs for why the first one failed",
         ),
-        Some(State::Pulling) => (
+        Place::Recorded(State::Pulling) => (
             "its image is still being pulled",
             "allow more with --run-timeout, or pull it by hand first",
         ),
-        Some(State::Running) => (
+        Place::Recorded(State::Running) | Place::Worker => (
             "it still ran",
             "name a command that ends soon, after --; or allow more with --run-timeout",
         ),
-        Some(State::Ending | State::Ended) => {
+        Place::Recorded(State::Ending | State::Ended) => {
             ("its end was not told", "look at the worker's log, and at the server's")
         }
     };
     let waited = humantime::format_duration(waited);
-    Finding::fail(CHECK, format!("no outcome within {waited}: {what}"), remedy)
+    let uncancelled = uncancelled.map(|error| format!("; {error:#}")).unwrap_or_default();
+    Finding::fail(CHECK, format!("no outcome within {waited}: {what}{uncancelled}"), remedy)
 }
 
 #[cfg(test)]
