@@ -39,6 +39,7 @@ const EVERY_STREAM: &[Field] = &[
     // With it, whoever publishes can have a stream forget all that is in it.
     field("allow_rollup_hdrs", "", ""),
 ];
+
 /// Something that is not as wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
