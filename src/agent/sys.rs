@@ -347,8 +347,7 @@ extern "C" fn become_program(child: *mut c_void) -> c_int {
     let none = SignalSet([0; 16]);
     // SAFETY: the set is valid, and the old one is not asked for.
     unsafe { sigprocmask(SIG_SETMASK, &none, ptr::null_mut()) };
-    child.errno =
-        execute(child.program.candidates, &child.argv, &mut child.script, &child.env);
+    child.errno = execute(child.program.candidates, &child.argv, &mut child.script, &child.env);
     127
 }
 
