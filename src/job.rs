@@ -536,6 +536,33 @@ impl Outcome {
 }
 
 #[cfg(test)]
+impl Outcome {
+    /// Of the job `a-1`, which got no further than to its worker `w`, all of it at that time.
+    pub(crate) fn bare(status: Status, at: SystemTime) -> Self {
+        Self {
+            id: JobId("a-1".to_owned()),
+            image: None,
+            status,
+            exit_code: None,
+            error: None,
+            output: crate::capture::Captured::default(),
+            objects: Objects::default(),
+            live_logs_dropped: 0,
+            oom_killed: None,
+            attempt: 1,
+            worker: "w".to_owned(),
+            start: None,
+            queued_at: at,
+            started_at: None,
+            finished_at: at,
+            timings: Timings::default(),
+            usage: Usage::default(),
+            trace: None,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -2,8 +2,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
 use super::*;
-use crate::capture::Captured;
-use crate::job::{JobId, Objects, Outcome, StartKind, Status, Timings, Usage};
+use crate::job::{JobId, Outcome, StartKind, Status, Timings};
 
 fn outcome(start: Option<StartKind>) -> Outcome {
     let took = |millis| Some(Duration::from_millis(millis));
@@ -11,19 +10,9 @@ fn outcome(start: Option<StartKind>) -> Outcome {
     Outcome {
         id: JobId::new(),
         image: Some("secret/image:1".to_owned()),
-        status: Status::Succeeded,
         exit_code: Some(0),
-        error: None,
-        output: Captured::default(),
-        objects: Objects::default(),
-        live_logs_dropped: 0,
-        oom_killed: None,
-        attempt: 1,
-        worker: "w".to_owned(),
         start,
-        queued_at: now,
         started_at: Some(now),
-        finished_at: now,
         timings: Timings {
             queue: took(1),
             pull: took(2),
@@ -32,8 +21,7 @@ fn outcome(start: Option<StartKind>) -> Outcome {
             run: took(5),
             total: took(15),
         },
-        usage: Usage::default(),
-        trace: None,
+        ..Outcome::bare(Status::Succeeded, now)
     }
 }
 

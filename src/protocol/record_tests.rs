@@ -33,23 +33,9 @@ fn running() -> Record {
 fn cancelled() -> Outcome {
     Outcome {
         id: "job-1".parse().unwrap(),
-        image: None,
-        status: Status::Cancelled,
-        exit_code: None,
         error: Some(JobError::new(code::JOB_CANCELLED, "the job was cancelled")),
-        output: Captured::default(),
-        objects: Objects::default(),
-        live_logs_dropped: 0,
-        oom_killed: None,
-        attempt: 1,
-        worker: "w".to_owned(),
-        start: None,
-        queued_at: at(0),
-        started_at: None,
         finished_at: at(1),
-        timings: Timings::default(),
-        usage: Usage::default(),
-        trace: None,
+        ..Outcome::bare(Status::Cancelled, at(0))
     }
 }
 

@@ -5,8 +5,7 @@ use std::cell::Cell;
 use opentelemetry::Key;
 
 use super::*;
-use crate::capture::Captured;
-use crate::job::{JobError, JobId, Objects, Usage, code};
+use crate::job::{JobError, code};
 use crate::trace::TraceContext;
 
 const TRACE: u128 = 0x4bf9_2f35_77b3_4da6_a3ce_929d_0e0e_4736;
@@ -22,28 +21,14 @@ fn at(millis_after: u64) -> SystemTime {
 /// Received at 0, begun at 10, and known at 100.
 fn outcome(status: Status) -> Outcome {
     Outcome {
-        id: JobId::from_message_id("a-1"),
         image: Some("busybox".to_owned()),
-        status,
-        exit_code: None,
-        error: None,
-        output: Captured::default(),
-        objects: Objects::default(),
-        live_logs_dropped: 0,
-        oom_killed: None,
-        attempt: 1,
-        worker: "w".to_owned(),
-        start: None,
-        queued_at: at(0),
-        started_at: None,
         finished_at: at(100),
         timings: Timings {
             queue: Some(millis(10)),
             total: Some(millis(100)),
             ..Timings::default()
         },
-        usage: Usage::default(),
-        trace: None,
+        ..Outcome::bare(status, at(0))
     }
 }
 
