@@ -249,21 +249,20 @@ impl Problems {
     }
 
     /// The address of an HTTP server. Nothing of a bad one is repeated: it may hold a password.
-    pub(super) fn http_url(&mut self, name: &'static str, given: Option<String>) -> Option<String> {
-        let given = given?;
+    pub(super) fn http_url(&mut self, name: &'static str, given: &str) -> String {
         let is_plain = |url: &url::Url| {
             let has_more = url.query().is_some() || url.fragment().is_some();
             let has_user = !url.username().is_empty() || url.password().is_some();
             matches!(url.scheme(), "http" | "https") && url.has_host() && !has_more && !has_user
         };
         match url::Url::parse(given.trim()).ok().filter(is_plain) {
-            Some(url) => Some(url.as_str().trim_end_matches('/').to_owned()),
+            Some(url) => url.as_str().trim_end_matches('/').to_owned(),
             None => {
                 self.say(
                     name,
                     "expected an address such as http://host:4318 or https://host, without user, password and query",
                 );
-                None
+                String::new()
             }
         }
     }

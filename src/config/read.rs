@@ -224,10 +224,9 @@ impl Config {
             p.say("WARM_CONTAINERS", "must not be less than the number of WARM_IMAGES");
         }
 
-        let endpoint = p.http_url("OTEL_EXPORTER_OTLP_ENDPOINT", raw.otel_exporter_otlp_endpoint);
         // Other programs have these variables, too: they count for nothing where nothing is exported.
-        let traces = endpoint.map(|endpoint| Traces {
-            endpoint,
+        let traces = raw.otel_exporter_otlp_endpoint.map(|endpoint| Traces {
+            endpoint: p.http_url("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint),
             headers: p.headers("OTEL_EXPORTER_OTLP_HEADERS", raw.otel_exporter_otlp_headers),
             service_name: p.text("OTEL_SERVICE_NAME", raw.otel_service_name),
             ratio: p.share("OTEL_TRACES_SAMPLER_ARG", raw.otel_traces_sampler_arg),

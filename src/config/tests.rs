@@ -117,9 +117,6 @@ fn a_bad_value_says_what_was_expected() {
         ("RUST_LOG", "worker_spawner=loud", "log filter"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "localhost:4318", "such as http://host:4318"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://host/?a=b", "without user, password and query"),
-        ("OTEL_EXPORTER_OTLP_HEADERS", "a=b,c", "number 2 is none"),
-        ("OTEL_EXPORTER_OTLP_HEADERS", "a b=c", "number 1 is none"),
-        ("OTEL_TRACES_SAMPLER_ARG", "1.5", "a number from 0 to 1"),
         ("DOCKER_HOST", "https://engine:2376", "folder with ca.pem"),
         ("DOCKER_HOST", "tcp://[bad", "an address such as"),
         ("DEFAULT_TIMEOUT", "0s", "longer than zero"),
@@ -198,6 +195,22 @@ fn a_user_or_token_may_come_with_the_url() {
     );
     let found = problems(&[("NATS_URL", "me:x@one"), ("NATS_TOKEN", "y")]);
     assert!(found.len() == 1 && found[0].contains("only one of"), "{found:?}");
+}
+
+#[test]
+fn what_is_wrong_with_traces_is_said_where_they_are_exported() {
+    for (name, value, wanted) in [
+        ("OTEL_EXPORTER_OTLP_HEADERS", "a=b,c", "number 2 is none"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "a b=c", "number 1 is none"),
+        ("OTEL_TRACES_SAMPLER_ARG", "1.5", "a number from 0 to 1"),
+    ] {
+        let found = problems(&[("OTEL_EXPORTER_OTLP_ENDPOINT", "http://host"), (name, value)]);
+        assert_eq!(found.len(), 1, "{found:?}");
+        let problem = &found[0];
+        assert!(problem.starts_with(&format!("{name}: ")) && problem.contains(wanted), "{problem}");
+        // It may be meant for another program.
+        assert_eq!(config(&[(name, value)]).unwrap().traces, None);
+    }
 }
 
 #[test]
