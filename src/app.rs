@@ -69,7 +69,6 @@ pub async fn run(
         }
     };
     let _supervised = supervised(&observed, &shutdown, &config);
-    crate::protocol::request::warm_up();
     let worker = instance_name();
     let backend: Arc<dyn Backend> = match Docker::new(docker_options(&config, &worker)) {
         Ok(docker) => Arc::new(docker),

@@ -21,6 +21,7 @@
 //! |---|---|
 //! | [`cli`] | the command line, and the daemon's clients on it |
 //! | [`config`] | the settings: parsed, checked, redacted |
+//! | [`reference`] | what names an image |
 //! | [`job`] | the vocabulary: job, outcome, error codes |
 //! | [`protocol`] | what travels over NATS: requests, records, outcomes, dead letters, subjects |
 //! | [`nats`] | the connection and its state |
@@ -80,6 +81,7 @@ pub mod objects;
 pub mod orders;
 pub mod protocol;
 pub mod publish;
+pub mod reference;
 pub mod retry;
 pub mod runner;
 pub mod service;

@@ -14,6 +14,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::{DockerTls, Secret};
 use crate::protocol::subjects;
+use crate::reference::Reference;
 
 /// What is wrong with the settings so far.
 #[derive(Debug, Default)]
@@ -223,7 +224,7 @@ impl Problems {
     pub(super) fn images(&mut self, name: &'static str, given: Option<String>) -> Vec<String> {
         self.parse(name, given, |text| {
             list(text)
-                .map(|image| match image.parse::<oci_spec::distribution::Reference>() {
+                .map(|image| match image.parse::<Reference>() {
                     Ok(_) => Ok(image.to_owned()),
                     Err(e) => Err(format!("expected image references: {image:?}: {e}")),
                 })

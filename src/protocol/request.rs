@@ -12,6 +12,7 @@ use super::Subjects;
 use super::time::parse_rfc3339;
 use crate::config::Policy;
 use crate::job::{Job, JobError, JobId, Limits, Priority, Retry, Status, code, printable};
+use crate::reference::Reference;
 
 /// The prefix of container labels that belong to the daemon.
 pub const RESERVED_LABEL_PREFIX: &str = "worker-spawner.";
@@ -87,12 +88,6 @@ pub struct Refusal {
     pub reply_to: Option<String>,
     /// Every field at fault.
     pub error: JobError,
-}
-
-/// Does what the first decoding would otherwise do at the cost of its caller: the grammar of image
-/// references is compiled on its first use.
-pub fn warm_up() {
-    let _ = "warm-up".parse::<oci_spec::distribution::Reference>();
 }
 
 /// Decodes a request.
@@ -330,7 +325,7 @@ fn image_reference(value: Value) -> Result<String, String> {
         Err("must not be empty".to_owned())
     } else if image.len() > MAX_IMAGE_LENGTH {
         Err(format!("must be at most {MAX_IMAGE_LENGTH} bytes long"))
-    } else if let Err(e) = image.parse::<oci_spec::distribution::Reference>() {
+    } else if let Err(e) = image.parse::<Reference>() {
         Err(format!("{} is no image reference: {e}", quote(&image)))
     } else {
         Ok(image)

@@ -9,16 +9,16 @@ use bollard::errors::Error;
 use bollard::query_parameters::{CreateImageOptions, EventsOptions};
 use futures::future::{BoxFuture, FutureExt, Shared};
 use futures::{StreamExt, TryStreamExt};
-use oci_spec::distribution::Reference;
 use tokio::sync::{Notify, watch};
 
+use super::allowlist::AllowList;
 use super::credentials;
 use super::engine::{CallError, Engine};
 use super::progress::Layers;
-use super::reference::{AllowList, normalise};
 use crate::backend::Progress;
 use crate::config::{Images, PullPolicy};
 use crate::job::{Failure, JobError, PullProgress, code};
+use crate::reference::{Malformed, Reference};
 
 /// What a container needs to know of its image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -112,13 +112,13 @@ impl Store {
         name: &str,
         progress: &Progress,
     ) -> Result<Arc<Image>, Failure> {
-        let reference = normalise(name).ok_or_else(|| {
+        let reference: Reference = name.parse().map_err(|malformed: Malformed| {
             Failure::Rejected(JobError::new(
                 code::INVALID_FIELD,
-                format!("image_reference: {name:?} is no image reference"),
+                format!("image_reference: {name:?} is no image reference: {malformed}"),
             ))
         })?;
-        let full = reference.whole();
+        let full = reference.to_string();
         if !self.allows(&full) {
             return Err(rejected(
                 code::IMAGE_NOT_ALLOWED,
@@ -147,7 +147,7 @@ impl Store {
     /// The image `name` as the engine has it, pulled only where it has none: whatever the policy, what
     /// is kept ready is looked at often, and pulled for those who ask for it.
     pub(super) async fn provide(&self, name: &str) -> Result<Arc<Image>, Failure> {
-        let full = normalise(name).map(|reference| reference.whole());
+        let full = name.parse().ok().map(|reference: Reference| reference.to_string());
         let full = full.filter(|full| self.allows(full));
         if let Some(full) = full
             && let Ok(image) = self.inspect(&full).await
@@ -230,7 +230,7 @@ impl Store {
     ///
     /// The pull is a task of its own: it goes on when those who wait for it give up.
     async fn pull(&self, reference: &Reference, progress: &Progress) -> Result<(), Failure> {
-        let full = reference.whole();
+        let full = reference.to_string();
         let pull = {
             let mut pulls = self.pulls.lock().unwrap_or_else(PoisonError::into_inner);
             match pulls.get(&full) {
@@ -250,7 +250,7 @@ impl Store {
         let config_dir = self.config_dir.clone();
         let (progress, followed) = watch::channel(PullProgress::default());
         let task = tokio::spawn(async move {
-            let full = reference.whole();
+            let full = reference.to_string();
             // Also when the pull breaks down: a later job must be able to try again.
             let _forget = OnDrop(|| {
                 pulls.lock().unwrap_or_else(PoisonError::into_inner).remove(&full);
@@ -317,7 +317,7 @@ async fn pull(
     timeout: Duration,
     progress: &watch::Sender<PullProgress>,
 ) -> Result<(), Failure> {
-    let full = reference.whole();
+    let full = reference.to_string();
     // A public image needs none: trouble with them is told where the registry wants them.
     let (credentials, trouble) = match credentials::lookup(reference.registry(), config_dir).await {
         Ok(credentials) => (credentials, None),

@@ -1,6 +1,7 @@
 //! The Docker backend: a fresh container for every job, through the engine's API. One that was started
 //! ahead of time where there is one, else one that is made for the job.
 
+mod allowlist;
 mod cold;
 mod container;
 mod credentials;
@@ -11,7 +12,6 @@ mod job_run;
 mod owner;
 mod progress;
 mod reap;
-mod reference;
 mod spec;
 mod turns;
 mod warm;
@@ -30,7 +30,7 @@ use crate::job::Job;
 use crate::retry::Backoff;
 use engine::{CallError, Engine};
 
-pub use reference::AllowList;
+pub use allowlist::AllowList;
 
 /// Delays between tries to hear of the engine's images.
 const LISTEN_AGAIN: Backoff =
