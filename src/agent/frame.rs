@@ -11,7 +11,11 @@
 //! ```
 //!
 //! The daemon keeps its side open until it has heard Refused or Exit, whether it has anything to say
-//! or not: to an agent, its end is the daemon's, and the function is killed.
+//! or not: to an agent, its end is the daemon's, and the function is killed. Then the daemon hangs up,
+//! and only then the agent ends: a container's last words may get lost that ends with them.
+//!
+//! Stdin need not wait for Started. Started, Stdout and Stderr may be told a little late, to be told
+//! together.
 
 use std::fmt;
 

@@ -63,6 +63,15 @@ impl Inbox {
         }
     }
 
+    /// Throws away some of what has come, whatever it is. Returns whether the daemon has hung up.
+    pub fn discard(&mut self) -> io::Result<bool> {
+        match self.channel.read(&mut [0; 4096]) {
+            Ok(length) => Ok(length == 0),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The payload of the frame that was heard last.
     pub fn payload(&self) -> &[u8] {
         &self.payload

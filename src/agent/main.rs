@@ -1,5 +1,6 @@
 //! The agent: the first process of a container that was started ahead of time. It waits for a
-//! function, runs it once, tells how that went, and ends, and the container with it.
+//! function, runs it once, tells how that went, and ends when the daemon hangs up, and the container
+//! with it.
 //!
 //! What it does for the function is what the init process of a container does that is started for
 //! it, so that no function can tell in which of the two it runs. It holds the daemon's channel in the
@@ -107,7 +108,6 @@ fn run() -> Result<u8, Failure> {
     let with_stdin = start.stdin;
     match Function::begin(start) {
         Ok(function) => {
-            outbox.say(Kind::Started, &[]);
             Supervisor::new(signals, inbox, outbox, oom_kills, function, with_stdin).run()
         }
         Err(refusal) => {

@@ -41,6 +41,11 @@ impl Outbox {
         self.frames.is_empty()
     }
 
+    /// Bytes of the frames that were not written, or not all of them.
+    pub fn len(&self) -> usize {
+        self.frames.len()
+    }
+
     pub fn has_room(&self) -> bool {
         self.room() >= LEAST_ROOM
     }

@@ -14,6 +14,15 @@ use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLOUT, Poll, Reaped, SIGCHLD,
 /// How long killed processes may take to be gone: the kernel may be in the midst of something slow
 /// for one of them. It sees to the rest when the agent itself ends.
 const LINGER: Duration = Duration::from_secs(10);
+/// How long the daemon may take to hang up once it was told of the end.
+const FAREWELL: Duration = Duration::from_secs(10);
+/// How long the beginning waits to be told together with what comes first. Whoever asks whether a
+/// function has begun can wait so long; a function that is being started has the processor meanwhile.
+const BEGINNING_WAITS: Duration = Duration::from_millis(20);
+/// How long output waits for more of it, or for the end: that of most functions comes at once.
+const OUTPUT_WAITS: Duration = Duration::from_millis(1);
+/// Output of so many bytes waits for nothing.
+const WORTH_TELLING: usize = 4 << 10;
 /// Signals and children in one turn: a function that makes many must not keep the agent from all else.
 const MAX_PER_TURN: usize = 256;
 
@@ -49,20 +58,24 @@ pub struct Supervisor {
     unreaped: bool,
     /// Whether every child has ended and was reaped.
     alone: bool,
-    /// Whether the daemon was told of the end.
+    /// Whether the end was told. It is the daemon's once the outbox is empty.
     told: bool,
+    /// When to tell what is in the outbox; absent where there is nothing that may wait.
+    tell_at: Option<Instant>,
 }
 
 impl Supervisor {
+    /// Of a function that has just begun.
     pub fn new(
         signals: Signals,
         inbox: Inbox,
-        outbox: Outbox,
+        mut outbox: Outbox,
         oom_kills: Option<OomKills>,
         function: Function,
         with_stdin: bool,
     ) -> Self {
         let input = if with_stdin { Input::Open } else { Input::Ended };
+        outbox.say(Kind::Started, &[]);
         Self {
             signals,
             inbox,
@@ -74,21 +87,55 @@ impl Supervisor {
             unreaped: false,
             alone: false,
             told: false,
+            tell_at: Some(Instant::now() + BEGINNING_WAITS),
         }
     }
 
     /// Returns the function's exit code once the daemon knows it.
     pub fn run(mut self) -> Result<u8, Failure> {
         loop {
-            // Once in a turn, so that all that a turn has to say goes in one write.
-            self.outbox.flush()?;
+            self.tell()?;
             if let Some(ended) = self.ended
                 && self.told
                 && self.outbox.is_empty()
             {
+                // Engines were seen to drop what a container said last when it ended at once.
+                self.await_hang_up()?;
                 return Ok(ended.code);
             }
             self.turn()?;
+        }
+    }
+
+    /// Writes what there is to tell, unless that may wait. Once in a turn, so that all that a turn has
+    /// to say goes in one write: to the daemon it is a long way, on which many processes have to wake.
+    fn tell(&mut self) -> Result<(), Failure> {
+        if self.tell_at.is_some_and(|at| Instant::now() < at) {
+            return Ok(());
+        }
+        self.tell_at = None;
+        Ok(self.outbox.flush()?)
+    }
+
+    /// Has the outbox wait at most so long, whatever is said of it already.
+    fn tell_within(&mut self, wait: Duration) {
+        let at = Instant::now() + wait;
+        self.tell_at = Some(self.tell_at.map_or(at, |before| before.min(at)));
+    }
+
+    /// What the daemon still says is of no interest: input that the function did not read.
+    fn await_hang_up(&mut self) -> Result<(), Failure> {
+        let deadline = Instant::now() + FAREWELL;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut polls = [Poll::on(&self.inbox, POLLIN), Poll::on(&self.outbox, 0)];
+            sys::poll(&mut polls, Some(left))?;
+            let [inbox, outbox] = polls;
+            let is_gone = outbox.has(POLLERR)
+                || inbox.has(POLLIN | POLLHUP | POLLERR) && self.inbox.discard()?;
+            if is_gone || left.is_zero() {
+                return Ok(());
+            }
         }
     }
 
@@ -123,7 +170,7 @@ impl Supervisor {
         // A hang-up is noticed even where nothing is read. The function's input is left out instead:
         // that nobody reads it is of no interest while there is none, and would be said all the time.
         let hear = if matches!(self.input, Input::Undelivered(_)) { 0 } else { POLLIN };
-        let tell = if self.outbox.is_empty() { 0 } else { POLLOUT };
+        let tell = if self.outbox.is_empty() || self.tell_at.is_some() { 0 } else { POLLOUT };
         let relay = self.outbox.has_room();
         let function = &self.function;
         let undelivered = matches!(self.input, Input::Undelivered(_));
@@ -138,14 +185,13 @@ impl Supervisor {
             stdout.map_or(Poll::NEVER, |pipe| Poll::on(pipe, POLLIN)),
             stderr.map_or(Poll::NEVER, |pipe| Poll::on(pipe, POLLIN)),
         ];
-        let timeout = match self.ended {
-            _ if self.unreaped => Some(Duration::ZERO),
-            Some(ended) if !self.alone && !self.told => {
-                Some(ended.deadline.saturating_duration_since(Instant::now()))
-            }
+        let until = match self.ended {
+            _ if self.unreaped => Some(Instant::now()),
+            Some(ended) if !self.alone && !self.told => Some(ended.deadline),
             _ => None,
         };
-        sys::poll(&mut polls, timeout)?;
+        let until = until.into_iter().chain(self.tell_at).min();
+        sys::poll(&mut polls, until.map(|at| at.saturating_duration_since(Instant::now())))?;
         Ok(polls)
     }
 
@@ -198,8 +244,11 @@ impl Supervisor {
             return Ok(Relayed::Ended);
         };
         let relayed = self.outbox.relay(kind, pipe)?;
-        if relayed == Relayed::Ended {
-            *stream = None;
+        match relayed {
+            Relayed::Ended => *stream = None,
+            Relayed::Some if self.outbox.len() < WORTH_TELLING => self.tell_within(OUTPUT_WAITS),
+            Relayed::Some | Relayed::NoRoom => self.tell_at = None,
+            Relayed::Nothing => {}
         }
         Ok(relayed)
     }
@@ -272,7 +321,7 @@ impl Supervisor {
             peak_bytes,
         };
         self.outbox.say(Kind::Exit, &exit.encode());
-        self.told = true;
+        (self.told, self.tell_at) = (true, None);
         Ok(())
     }
 }

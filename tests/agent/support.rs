@@ -174,6 +174,7 @@ impl Agent {
                 other => panic!("{other:?} instead of output or an exit"),
             }
         };
+        self.channel = None;
         assert_eq!(self.hear(), None);
         Outcome { stdout, stderr, exit, status: self.wait() }
     }
@@ -249,8 +250,8 @@ pub(crate) fn run_with(start: Start, input: &[u8]) -> Outcome {
                 frame::push(&mut bytes, Kind::Stdin, chunk);
             }
             frame::push(&mut bytes, Kind::StdinEnd, &[]);
-            // The agent ends with the function, which need not have read all of it.
-            let _ = (&channel).write_all(&bytes);
+            // It is taken to the end even where the function does not read it.
+            (&channel).write_all(&bytes).unwrap();
         });
         agent.finish()
     })

@@ -26,26 +26,32 @@ impl JobRun {
         Self { shared, job, warm: None, cold: None }
     }
 
-    /// Begins in a container that waits, if there is one. Returns what stands in the way.
+    /// Begins in a container that waits, if there is one. Returns when, or what stands in the way.
     ///
     /// # Errors
     /// Something of the job may be left and cannot be removed.
-    async fn start_warm(&mut self, image: &Arc<Image>) -> Result<Option<Miss>, Failure> {
+    async fn start_warm(
+        &mut self,
+        image: &Arc<Image>,
+    ) -> Result<Result<(Instant, SystemTime), Miss>, Failure> {
         let (idle, order) = match self.shared.pool.lease(&self.job, image) {
             Ok(leased) => leased,
-            Err(miss) => return Ok(Some(miss)),
+            Err(miss) => return Ok(Err(miss)),
         };
         crate::stage!("leased", self.job.id);
         // Kept where the clean-up finds it, should this be dropped half-way.
         let run = self.warm.insert(WarmRun::new(idle, &self.job));
-        let Err(miss) = run.begin(&order, self.job.stdin.clone()).await else { return Ok(None) };
+        let miss = match run.begin(&order, self.job.stdin.clone()).await {
+            Ok(begun) => return Ok(Ok(begun)),
+            Err(miss) => miss,
+        };
         // What may have begun in it must not run beside what begins elsewhere.
         run.cleanup().await.map_err(|error| {
             let message = format!("a warm container failed and cannot be removed: {error}");
             Failure::Transient(JobError::new(code::ENGINE_ERROR, message))
         })?;
         self.warm = None;
-        Ok(Some(miss))
+        Ok(Err(miss))
     }
 }
 
@@ -65,17 +71,20 @@ impl Run for JobRun {
         }
         let pulled = Instant::now();
         crate::stage!("image known", self.job.id);
-        let miss = self.start_warm(&image).await?;
+        let begun_warm = self.start_warm(&image).await?;
         let counters = &self.shared.pool.counters;
-        let Some(miss) = miss else {
-            counters.hit();
-            return Ok(Started {
-                kind: StartKind::Warm,
-                at: SystemTime::now(),
-                pull: pulled - begun,
-                create: Duration::ZERO,
-                start: pulled.elapsed(),
-            });
+        let miss = match begun_warm {
+            Ok((ordered, at)) => {
+                counters.hit();
+                return Ok(Started {
+                    kind: StartKind::Warm,
+                    at,
+                    pull: pulled - begun,
+                    create: Duration::ZERO,
+                    start: ordered - pulled,
+                });
+            }
+            Err(miss) => miss,
         };
         tracing::debug!(job = %self.job.id, ?miss, "no warm container");
         counters.missed(miss);

@@ -1,7 +1,7 @@
 //! A run in a container that was started ahead of time: write a frame, read frames.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
@@ -75,7 +75,8 @@ impl WarmRun {
         }
     }
 
-    /// Has the agent begin what `order` says.
+    /// Has the agent begin what `order` says. Returns when it was told so: that the function has begun
+    /// is heard later, maybe only with its end.
     ///
     /// # Errors
     /// Nothing came of it. The function may run until the container is gone.
@@ -83,7 +84,7 @@ impl WarmRun {
         &mut self,
         order: &[u8],
         stdin: Option<Bytes>,
-    ) -> Result<(), Miss> {
+    ) -> Result<(Instant, SystemTime), Miss> {
         let (Some(ear), Some(mut voice)) = (&mut self.ear, self.voice.take()) else {
             return Err(Miss::Lost);
         };
@@ -93,20 +94,10 @@ impl WarmRun {
             tracing::warn!(%error, "a warm container did not take its job's limits");
             return Err(Miss::Limits);
         }
-        let begun = async {
-            line::say(&mut voice, order).await?;
-            crate::stage!("order written");
-            ear.next().await
-        };
-        match tokio::time::timeout(START_PATIENCE, begun).await {
-            Ok(Ok(Said::Started)) => crate::stage!("begun"),
-            Ok(Ok(Said::Refused(refusal))) => {
-                tracing::debug!(step = ?refusal.step, errno = refusal.errno, "a warm container refused its function");
-                return Err(Miss::Refused);
-            }
-            Ok(Ok(_) | Err(_)) => return Err(Miss::Lost),
-            Err(_) => return Err(Miss::Hung),
-        }
+        let ordered = tokio::time::timeout(START_PATIENCE, line::say(&mut voice, order)).await;
+        ordered.map_err(|_| Miss::Hung)?.map_err(|_| Miss::Lost)?;
+        let ordered_at = (Instant::now(), SystemTime::now());
+        crate::stage!("order written");
         match stdin {
             Some(stdin) => {
                 let feeding = tokio::spawn(async move {
@@ -118,7 +109,18 @@ impl WarmRun {
             }
             None => self.voice = Some(voice),
         }
-        Ok(())
+        match tokio::time::timeout(START_PATIENCE, ear.next()).await {
+            Ok(Ok(Said::Started)) => {
+                crate::stage!("begun");
+                Ok(ordered_at)
+            }
+            Ok(Ok(Said::Refused(refusal))) => {
+                tracing::debug!(step = ?refusal.step, errno = refusal.errno, "a warm container refused its function");
+                Err(Miss::Refused)
+            }
+            Ok(Ok(_) | Err(_)) => Err(Miss::Lost),
+            Err(_) => Err(Miss::Hung),
+        }
     }
 
     /// As [`Run::next`](crate::backend::Run::next).
@@ -136,8 +138,8 @@ impl WarmRun {
                     if exit.oom_kills.is_some() || i64::from(exit.code) != KILLED {
                         return Ok(Event::Exited(told(exit)));
                     }
-                    // The container does not see its own control group; the engine does.
-                    self.ear = None;
+                    // The container does not see its own control group; the engine does, once it has ended.
+                    self.hang_up();
                     self.inquest = Some(ask_engine(self.container.clone(), exit).boxed());
                 }
                 Ok(Said::Ready | Said::Started | Said::Refused(_)) => {
@@ -166,9 +168,15 @@ impl WarmRun {
         self.container.signal(signal)
     }
 
+    /// Has the container end where the function has.
+    fn hang_up(&mut self) {
+        (self.ear, self.voice, self.feeding) = (None, None, None);
+    }
+
     pub(in crate::backend::docker) async fn cleanup(&mut self) -> Result<(), CleanupError> {
         // The line first: an engine that cannot write to it holds on to the container.
-        (self.ear, self.voice, self.feeding, self.inquest) = (None, None, None, None);
+        self.hang_up();
+        self.inquest = None;
         if self.exited {
             // Docker 20.10 lists a container for ever, without a name, that is removed in the moment of
             // its end. Over either way: what does not end by itself is killed.
@@ -195,6 +203,7 @@ fn told(exit: frame::Exit) -> Exit {
 /// The same, of one that was killed, with what the engine knows of the reason.
 async fn ask_engine(container: Arc<Container>, exit: frame::Exit) -> Result<Exit, Failure> {
     let told = told(exit);
+    let _ = tokio::time::timeout(END_PATIENCE, container.exit_code()).await;
     let oom_killed = container.explain(told.code, None).await?.oom_killed;
     Ok(Exit { oom_killed, ..told })
 }
