@@ -14,6 +14,8 @@ use crate::sys::{self, Program, SpawnError};
 
 /// Where programs are looked for when the environment does not say: glibc's own default.
 const DEFAULT_PATH: &[u8] = b"/bin:/usr/bin";
+/// The variables that an engine gives every container.
+const ENGINES: [&[u8]; 2] = [b"PATH", b"HOSTNAME"];
 
 /// A function that runs, and the agent's ends of its standard streams.
 pub struct Function {
@@ -99,18 +101,26 @@ fn own_environment() -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Puts each of `changes` in the place of the variable of its name, or behind all others, as the
-/// engine does with a container's.
-fn merge(mut env: Vec<Vec<u8>>, changes: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
+/// What a container would have that was created with `changes`, from what this one has: the engine's
+/// own variables first, then those of the request, then the image's.
+///
+/// HOME is special. It is the init process that sets it where it is unset or empty, so where a request
+/// has it empty, the container's own is the right one.
+fn merge(own: Vec<Vec<u8>>, changes: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
+    let home = own.iter().find(|variable| name(variable) == b"HOME").cloned();
+    let (mut env, images): (Vec<_>, Vec<_>) =
+        own.into_iter().partition(|variable| ENGINES.contains(&name(variable)));
     let mut places: BTreeMap<Vec<u8>, usize> =
         env.iter().enumerate().map(|(place, variable)| (name(variable).to_vec(), place)).collect();
     for change in changes {
+        let change = home.clone().filter(|_| change == b"HOME=").unwrap_or(change);
         let place = *places.entry(name(&change).to_vec()).or_insert(env.len());
         match env.get_mut(place) {
             Some(variable) => *variable = change,
             None => env.push(change),
         }
     }
+    env.extend(images.into_iter().filter(|variable| !places.contains_key(name(variable))));
     env
 }
 

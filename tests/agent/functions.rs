@@ -54,13 +54,29 @@ fn arguments_are_passed_as_they_are() {
 }
 
 #[test]
-fn variables_replace_and_join_the_containers_own() {
-    let env = ["SECOND=two", "NEW=\u{e9}=", "FIRST=one", "NEW=again", "EMPTY="];
-    let env = env.map(|variable| variable.as_bytes().to_vec()).to_vec();
-    let outcome = run(&Start { env, ..start(&["env"]) });
-    assert_eq!(outcome.text(), "FIRST=one\nPATH=/usr/bin:/bin\nSECOND=two\nNEW=again\nEMPTY=\n");
+fn variables_are_where_an_engine_puts_them() {
+    let with = |env: &[&[u8]]| {
+        let env = env.iter().map(|variable| variable.to_vec()).collect();
+        String::from_utf8_lossy(&run(&Start { env, ..start(&["env"]) }).stdout).into_owned()
+    };
+    let path = "PATH=/usr/bin:/bin\n";
+    assert_eq!(with(&[]), format!("{path}FIRST=1\nHOME=/root\nSECOND=2\n"));
+    assert_eq!(
+        with(&[b"SECOND=two", "NEW=\u{e9}=".as_bytes(), b"FIRST=one", b"NEW=again", b"EMPTY="]),
+        format!("{path}SECOND=two\nNEW=again\nFIRST=one\nEMPTY=\nHOME=/root\n")
+    );
+    assert_eq!(
+        with(&[b"A=b", b"HOME=/tmp", b"PATH=/bin"]),
+        "PATH=/bin\nA=b\nHOME=/tmp\nFIRST=1\nSECOND=2\n"
+    );
+    // As unset: it is the container's own then.
+    assert_eq!(
+        with(&[b"A=b", b"HOME=", b"C=d"]),
+        format!("{path}A=b\nHOME=/root\nC=d\nFIRST=1\nSECOND=2\n")
+    );
     let env = vec![b"ODD=\xff".to_vec()];
-    assert!(run(&Start { env, ..start(&["env"]) }).stdout.ends_with(b"ODD=\xff\n"));
+    let odd = run(&Start { env, ..start(&["env"]) }).stdout;
+    assert!(odd.starts_with(&[path.as_bytes(), b"ODD=\xff\n"].concat()));
 }
 
 #[test]

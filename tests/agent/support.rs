@@ -95,7 +95,8 @@ impl Agent {
             .args(prefix)
             .arg(program)
             .env_clear()
-            .envs([("PATH", "/usr/bin:/bin"), ("FIRST", "1"), ("SECOND", "2")])
+            // In this order, that of their names.
+            .envs([("FIRST", "1"), ("HOME", "/root"), ("PATH", "/usr/bin:/bin"), ("SECOND", "2")])
             .current_dir("/")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

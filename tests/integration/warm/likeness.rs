@@ -52,7 +52,7 @@ fn text() -> impl Strategy<Value = String> {
 fn step() -> impl Strategy<Value = String> {
     prop_oneof![
         3 => Just("printf '<%s>' \"$@\"".to_string()),
-        2 => Just("/bin/env | /bin/sed 's/^HOSTNAME=[0-9a-f]\\{12\\}$/HOSTNAME=its own/' | /bin/sort".to_string()),
+        2 => Just("/bin/env | /bin/sed 's/^HOSTNAME=[0-9a-f]\\{12\\}$/HOSTNAME=its own/'".to_string()),
         1 => Just("echo \"$HOME\"; cd; /bin/pwd".to_string()),
         1 => Just("/bin/pwd; /bin/id; umask".to_string()),
         2 => Just("/bin/md5sum".to_string()),
@@ -312,13 +312,6 @@ fn normal(question: &str, answer: &str) -> Vec<String> {
             mounts.sort();
             mounts
         }
-        // Its order is nobody's promise, and not quite the same: what a job sets comes behind HOME
-        // where its container was started before.
-        "environment" => {
-            let mut lines: Vec<String> = lines.collect();
-            lines.sort();
-            lines
-        }
         _ => lines.collect(),
     }
 }
@@ -331,6 +324,8 @@ async fn a_function_finds_the_same_around_it_in_both() {
         json!({}),
         json!({"user": "1000"}),
         json!({"stdin": "words", "working_dir": "/data", "env": {"A": "b", "PATH": "/bin"}}),
+        json!({"env": {"A": "b", "HOME": "/data", "Z": "z"}}),
+        json!({"env": {"A": "b", "HOME": "", "HOSTNAME": "here", "Z": "z"}, "user": "1000"}),
         limits,
     ];
     let mut differences = Vec::new();
