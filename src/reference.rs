@@ -1,11 +1,12 @@
 //! Image references: what is one, and its full form.
 //!
-//! The grammar is that of the [distribution project][grammar], with the digests that the [OCI image
-//! specification][digests] registers. Taken apart by hand: as one regular expression it costs a daemon
-//! 5 MiB for good and 20 MiB for a moment, and all that it tells of a mistake is that there is one.
+//! The grammar is that of the [distribution project][grammar], without hosts that are IPv6 addresses, and
+//! the digests are those that [engines know][digests]. Taken apart by hand: as one regular expression
+//! it costs a daemon 5 MiB for good and 20 MiB for a moment, and all that it tells of a mistake is that
+//! there is one.
 //!
 //! [grammar]: https://github.com/distribution/reference/blob/v0.6.0/reference.go
-//! [digests]: https://github.com/opencontainers/image-spec/blob/v1.1.1/descriptor.md#digests
+//! [digests]: https://github.com/opencontainers/go-digest/blob/v1.0.0/algorithm.go
 
 use std::fmt;
 use std::str::FromStr;
