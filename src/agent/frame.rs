@@ -128,7 +128,8 @@ pub fn push(out: &mut Vec<u8>, kind: Kind, payload: &[u8]) {
 pub struct Start {
     /// The program and its arguments; not empty.
     pub argv: Vec<Vec<u8>>,
-    /// `NAME=VALUE`, each in place of the container's own of that name, or beside it.
+    /// `NAME=VALUE`, each in place of the container's own of that name, or beside it; a HOME is not
+    /// empty, since an init process would look for another then.
     pub env: Vec<Vec<u8>>,
     /// Where to run it; absent: where the agent was started.
     pub dir: Option<Vec<u8>>,

@@ -107,13 +107,11 @@ fn own_environment() -> Vec<Vec<u8>> {
 /// HOME is special. It is the init process that sets it where it is unset or empty, so where a request
 /// has it empty, the container's own is the right one.
 fn merge(own: Vec<Vec<u8>>, changes: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
-    let home = own.iter().find(|variable| name(variable) == b"HOME").cloned();
     let (mut env, images): (Vec<_>, Vec<_>) =
         own.into_iter().partition(|variable| ENGINES.contains(&name(variable)));
     let mut places: BTreeMap<Vec<u8>, usize> =
         env.iter().enumerate().map(|(place, variable)| (name(variable).to_vec(), place)).collect();
     for change in changes {
-        let change = home.clone().filter(|_| change == b"HOME=").unwrap_or(change);
         let place = *places.entry(name(&change).to_vec()).or_insert(env.len());
         match env.get_mut(place) {
             Some(variable) => *variable = change,

@@ -4,7 +4,7 @@
 
 pub mod docker;
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -100,6 +100,10 @@ pub trait Run: Send {
     /// Says whether the request or the infrastructure is at fault.
     async fn start(&mut self, progress: &Progress) -> Result<Started, Failure>;
 
+    /// Whether something was told to begin the function and has not answered yet: the function may run
+    /// then, and a start that is dropped takes it along without a signal. To be asked for beforehand.
+    fn told(&self) -> watch::Receiver<bool>;
+
     /// The next thing that happens. Cancel-safe. Output must be taken promptly: a program whose
     /// output nobody takes stands still.
     ///
@@ -128,13 +132,15 @@ pub trait Run: Send {
 pub struct Started {
     /// Created for this job, or taken from a pool.
     pub kind: StartKind,
-    /// When the function started.
+    /// When the function started, or was told to.
     pub at: SystemTime,
+    /// The same; its time runs from here.
+    pub since: Instant,
     /// Finding the image, and pulling it where that was needed.
     pub pull: Duration,
     /// Creating the container.
     pub create: Duration,
-    /// Attaching to it and starting it.
+    /// Attaching to it and starting it; of one from a pool, until the function was told to start.
     pub start: Duration,
 }
 

@@ -102,14 +102,25 @@ impl Sink<'_> {
 /// Starts the run and sees it to its end, whoever brings that about.
 pub(super) async fn drive(run: &mut dyn Run, around: &Surroundings<'_>) -> Attempt {
     let mut sink = Sink { capture: Capture::new(around.keep), live: around.live };
+    let mut told = run.told();
+    let orders = around.orders;
+    let called_off = async {
+        let called_off = tokio::select! {
+            biased;
+            () = orders.cancelled.cancelled() => Attempt::ended(Why::Cancelled),
+            () = around.shutdown.stopping.cancelled() => {
+                let message = "the worker shut down before the function began";
+                Attempt::failed(Failure::Permanent(JobError::new(code::JOB_STOPPED, message)))
+            }
+        };
+        // A function that may run already gets a signal, like any other, once its start is over.
+        let _ = told.wait_for(|told| !told).await;
+        called_off
+    };
     let started = tokio::select! {
         biased;
-        () = around.orders.fenced.cancelled() => return Attempt::ended(Why::Fenced),
-        () = around.orders.cancelled.cancelled() => return Attempt::ended(Why::Cancelled),
-        () = around.shutdown.stopping.cancelled() => {
-            let message = "the worker shut down before the function began";
-            Err(Failure::Permanent(JobError::new(code::JOB_STOPPED, message)))
-        }
+        () = orders.fenced.cancelled() => return Attempt::ended(Why::Fenced),
+        called_off = called_off => return called_off,
         started = run.start(around.progress) => started,
     };
     let started = match started {
@@ -118,7 +129,7 @@ pub(super) async fn drive(run: &mut dyn Run, around: &Surroundings<'_>) -> Attem
             return Attempt::failed(failure);
         }
     };
-    let begun = Instant::now();
+    let begun = started.since;
     let verdict = watch(run, &mut sink, begun + around.limits.timeout, around).await;
     Attempt {
         started: Some(started),
@@ -236,3 +247,7 @@ async fn explained(
         }
     }
 }
+
+#[cfg(test)]
+#[path = "attempt_tests.rs"]
+mod tests;

@@ -5,11 +5,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use futures::future::{BoxFuture, FutureExt};
+use tokio::sync::watch;
 
 use super::Shared;
 use super::cold::ColdRun;
 use super::image::Image;
-use super::warm::{Miss, WarmRun};
+use super::warm::{Begun, Miss, WarmRun};
 use crate::backend::{CleanupError, Event, Progress, Run, Signal, Started};
 use crate::job::{Failure, Job, JobError, StartKind, code};
 
@@ -19,21 +20,20 @@ pub(super) struct JobRun {
     job: Job,
     warm: Option<WarmRun>,
     cold: Option<ColdRun>,
+    /// As [`Run::told`].
+    told: watch::Sender<bool>,
 }
 
 impl JobRun {
     pub(super) fn new(shared: Arc<Shared>, job: Job) -> Self {
-        Self { shared, job, warm: None, cold: None }
+        Self { shared, job, warm: None, cold: None, told: watch::Sender::new(false) }
     }
 
     /// Begins in a container that waits, if there is one. Returns when, or what stands in the way.
     ///
     /// # Errors
     /// Something of the job may be left and cannot be removed.
-    async fn start_warm(
-        &mut self,
-        image: &Arc<Image>,
-    ) -> Result<Result<(Instant, SystemTime), Miss>, Failure> {
+    async fn start_warm(&mut self, image: &Arc<Image>) -> Result<Result<Begun, Miss>, Failure> {
         let (idle, order) = match self.shared.pool.lease(&self.job, image) {
             Ok(leased) => leased,
             Err(miss) => return Ok(Err(miss)),
@@ -41,10 +41,11 @@ impl JobRun {
         crate::stage!("leased", self.job.id);
         // Kept where the clean-up finds it, should this be dropped half-way.
         let run = self.warm.insert(WarmRun::new(idle, &self.job));
-        let miss = match run.begin(&order, self.job.stdin.clone()).await {
+        let miss = match run.begin(&order, self.job.stdin.clone(), &self.told).await {
             Ok(begun) => return Ok(Ok(begun)),
             Err(miss) => miss,
         };
+        self.told.send_replace(false);
         // What may have begun in it must not run beside what begins elsewhere.
         run.cleanup().await.map_err(|error| {
             let message = format!("a warm container failed and cannot be removed: {error}");
@@ -74,14 +75,15 @@ impl Run for JobRun {
         let begun_warm = self.start_warm(&image).await?;
         let counters = &self.shared.pool.counters;
         let miss = match begun_warm {
-            Ok((ordered, at)) => {
+            Ok(Begun { at, since }) => {
                 counters.hit();
                 return Ok(Started {
                     kind: StartKind::Warm,
                     at,
+                    since,
                     pull: pulled - begun,
                     create: Duration::ZERO,
-                    start: ordered - pulled,
+                    start: since - pulled,
                 });
             }
             Err(miss) => miss,
@@ -93,10 +95,15 @@ impl Run for JobRun {
         Ok(Started {
             kind: StartKind::Cold,
             at: SystemTime::now(),
+            since: Instant::now(),
             pull: pulled - begun,
             create,
             start,
         })
+    }
+
+    fn told(&self) -> watch::Receiver<bool> {
+        self.told.subscribe()
     }
 
     async fn next(&mut self) -> Result<Event, Failure> {

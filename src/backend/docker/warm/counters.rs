@@ -16,24 +16,27 @@ pub(in crate::backend::docker) enum Miss {
     Died,
     /// The job wants labels, which a container gets when it is created.
     Labels,
+    /// The job has HOME empty, which has an init process look for one; and the image may have another.
+    Home,
     /// The job's command and environment fit no frame.
     Size,
     /// The engine did not give the container the job's limits.
     Limits,
     /// The agent could not begin the function.
     Refused,
-    /// The container ended before the function had begun.
+    /// The container ended before the function was heard to have begun.
     Lost,
     /// The agent did not answer.
     Hung,
 }
 
 impl Miss {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Off,
         Self::Empty,
         Self::Died,
         Self::Labels,
+        Self::Home,
         Self::Size,
         Self::Limits,
         Self::Refused,
@@ -47,6 +50,7 @@ impl Miss {
             Self::Empty => "empty",
             Self::Died => "died",
             Self::Labels => "labels",
+            Self::Home => "home",
             Self::Size => "size",
             Self::Limits => "limits",
             Self::Refused => "refused",

@@ -32,7 +32,7 @@ use counters::Counters;
 pub(super) use counters::Miss;
 use creation::CreateError;
 use plan::{Step, View, budget, next_step};
-pub(super) use run::{Idle, WarmRun};
+pub(super) use run::{Begun, Idle, WarmRun};
 
 /// How long after a job took a container the next one is begun: a short function has its result by
 /// then.
@@ -200,6 +200,9 @@ impl Pool {
         }
         if !job.labels.is_empty() {
             return Err(Miss::Labels);
+        }
+        if job.env.get("HOME").is_some_and(String::is_empty) {
+            return Err(Miss::Home);
         }
         let order = order(job, image).ok_or(Miss::Size)?;
         let mut dead = Vec::new();

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
+use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Miss;
@@ -16,9 +17,11 @@ use crate::backend::{CleanupError, Event, Exit, Signal};
 use crate::capture::Stream;
 use crate::job::{Failure, Job, JobError, Limits, Usage, code};
 
-/// How long an agent may take to begin a function before it counts as hung.
+/// How long an agent may take to take its order and to say that the function has begun, before it
+/// counts as hung.
 const START_PATIENCE: Duration = Duration::from_secs(2);
-/// How long a container may take to be seen to have ended after its line did.
+/// How long a container may take to be seen to have ended after its line did, or after it was hung up
+/// on: longer than an agent waits for that.
 const END_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a container whose agent has told the end is left to end by itself.
 const EXIT_PATIENCE: Duration = Duration::from_secs(1);
@@ -39,6 +42,12 @@ impl Idle {
     pub(super) fn fits(&self, limits: &Limits) -> bool {
         Limits { timeout: self.limits.timeout, ..limits.clone() } == self.limits
     }
+}
+
+/// When a function was told to begin.
+pub(in crate::backend::docker) struct Begun {
+    pub(in crate::backend::docker) at: SystemTime,
+    pub(in crate::backend::docker) since: Instant,
 }
 
 /// A run in such a container.
@@ -75,8 +84,8 @@ impl WarmRun {
         }
     }
 
-    /// Has the agent begin what `order` says. Returns when it was told so: that the function has begun
-    /// is heard later, maybe only with its end.
+    /// Has the agent begin what `order` says; `told` is set when it gets to know. Returns when that was:
+    /// that the function has begun is heard later, maybe only with its end.
     ///
     /// # Errors
     /// Nothing came of it. The function may run until the container is gone.
@@ -84,7 +93,8 @@ impl WarmRun {
         &mut self,
         order: &[u8],
         stdin: Option<Bytes>,
-    ) -> Result<(Instant, SystemTime), Miss> {
+        told: &watch::Sender<bool>,
+    ) -> Result<Begun, Miss> {
         let (Some(ear), Some(mut voice)) = (&mut self.ear, self.voice.take()) else {
             return Err(Miss::Lost);
         };
@@ -94,9 +104,11 @@ impl WarmRun {
             tracing::warn!(%error, "a warm container did not take its job's limits");
             return Err(Miss::Limits);
         }
-        let ordered = tokio::time::timeout(START_PATIENCE, line::say(&mut voice, order)).await;
+        told.send_replace(true);
+        let deadline = tokio::time::Instant::now() + START_PATIENCE;
+        let ordered = tokio::time::timeout_at(deadline, line::say(&mut voice, order)).await;
         ordered.map_err(|_| Miss::Hung)?.map_err(|_| Miss::Lost)?;
-        let ordered_at = (Instant::now(), SystemTime::now());
+        let begun = Begun { at: SystemTime::now(), since: Instant::now() };
         crate::stage!("order written");
         match stdin {
             Some(stdin) => {
@@ -109,10 +121,10 @@ impl WarmRun {
             }
             None => self.voice = Some(voice),
         }
-        match tokio::time::timeout(START_PATIENCE, ear.next()).await {
+        match tokio::time::timeout_at(deadline, ear.next()).await {
             Ok(Ok(Said::Started)) => {
                 crate::stage!("begun");
-                Ok(ordered_at)
+                Ok(begun)
             }
             Ok(Ok(Said::Refused(refusal))) => {
                 tracing::debug!(step = ?refusal.step, errno = refusal.errno, "a warm container refused its function");
@@ -135,6 +147,8 @@ impl WarmRun {
                 Ok(Said::Exited(exit)) => {
                     crate::stage!("end heard");
                     self.exited = true;
+                    // What the function did not read, nobody will.
+                    self.feeding = None;
                     if exit.oom_kills.is_some() || i64::from(exit.code) != KILLED {
                         return Ok(Event::Exited(told(exit)));
                     }
