@@ -13,6 +13,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 #![warn(clippy::undocumented_unsafe_blocks)]
 
+mod farewell;
 #[allow(dead_code, reason = "the daemon's half of it")]
 mod frame;
 mod function;
@@ -113,6 +114,7 @@ fn run() -> Result<u8, Failure> {
         Err(refusal) => {
             outbox.say(Kind::Refused, &refusal.encode());
             outbox.flush_all()?;
+            farewell::say(&signals, &mut inbox, &outbox)?;
             // As shells do.
             Ok(if refusal.errno == sys::ENOENT { 127 } else { 126 })
         }

@@ -4,6 +4,7 @@ use std::io::{ErrorKind, Write};
 use std::time::{Duration, Instant};
 
 use crate::Failure;
+use crate::farewell;
 use crate::frame::{Exit, Kind, Malformed};
 use crate::function::Function;
 use crate::inbox::{Heard, Inbox};
@@ -14,8 +15,6 @@ use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLOUT, Poll, Reaped, SIGCHLD,
 /// How long killed processes may take to be gone: the kernel may be in the midst of something slow
 /// for one of them. It sees to the rest when the agent itself ends.
 const LINGER: Duration = Duration::from_secs(10);
-/// How long the daemon may take to hang up once it was told of the end.
-const FAREWELL: Duration = Duration::from_secs(10);
 /// How long the beginning waits to be told together with what comes first. Whoever asks whether a
 /// function has begun can wait so long; a function that is being started has the processor meanwhile.
 const BEGINNING_WAITS: Duration = Duration::from_millis(20);
@@ -99,8 +98,7 @@ impl Supervisor {
                 && self.told
                 && self.outbox.is_empty()
             {
-                // Engines were seen to drop what a container said last when it ended at once.
-                self.await_hang_up()?;
+                farewell::say(&self.signals, &mut self.inbox, &self.outbox)?;
                 return Ok(ended.code);
             }
             self.turn()?;
@@ -121,22 +119,6 @@ impl Supervisor {
     fn tell_within(&mut self, wait: Duration) {
         let at = Instant::now() + wait;
         self.tell_at = Some(self.tell_at.map_or(at, |before| before.min(at)));
-    }
-
-    /// What the daemon still says is of no interest: input that the function did not read.
-    fn await_hang_up(&mut self) -> Result<(), Failure> {
-        let deadline = Instant::now() + FAREWELL;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let mut polls = [Poll::on(&self.inbox, POLLIN), Poll::on(&self.outbox, 0)];
-            sys::poll(&mut polls, Some(left))?;
-            let [inbox, outbox] = polls;
-            let is_gone = outbox.has(POLLERR)
-                || inbox.has(POLLIN | POLLHUP | POLLERR) && self.inbox.discard()?;
-            if is_gone || left.is_zero() {
-                return Ok(());
-            }
-        }
     }
 
     fn turn(&mut self) -> Result<(), Failure> {
@@ -187,7 +169,9 @@ impl Supervisor {
         ];
         let until = match self.ended {
             _ if self.unreaped => Some(Instant::now()),
-            Some(ended) if !self.alone && !self.told => Some(ended.deadline),
+            // With nobody left, what there is to tell waits for nothing but room.
+            Some(_) if self.alone && !self.told => relay.then(Instant::now),
+            Some(ended) if !self.told => Some(ended.deadline),
             _ => None,
         };
         let until = until.into_iter().chain(self.tell_at).min();

@@ -94,6 +94,31 @@ fn a_function_ends_when_the_daemon_is_gone() {
 }
 
 #[test]
+fn an_agent_that_has_told_the_end_stays_until_it_is_hung_up_on() {
+    let ended = || {
+        let mut agent = Agent::new();
+        agent.start(&sh("exit 3"));
+        assert!(matches!(agent.hear(), Some(Said::Exited(_))));
+        // It takes what no pipe holds.
+        for _ in 0..20 {
+            agent.say_too_much();
+        }
+        agent
+    };
+    let mut hung_up_on = ended();
+    hung_up_on.channel = None;
+    assert_eq!(hung_up_on.wait().code(), Some(3));
+    let mut unheard = ended();
+    unheard.stop_listening();
+    assert_eq!(unheard.wait().code(), Some(3));
+    let mut stopped = ended();
+    stopped.signal(Signal::TERM);
+    assert_eq!(stopped.wait().code(), Some(3));
+    // Not for ever: it may be that nobody tells it.
+    assert_eq!(ended().wait().code(), Some(3));
+}
+
+#[test]
 fn what_is_no_part_of_the_protocol_ends_the_agent() {
     let no_start = Start { argv: Vec::new(), ..Start::default() }.encode().unwrap();
     for (kind, payload, complaint) in [

@@ -58,6 +58,26 @@ fn input_that_is_not_read_holds_nothing_up() {
 }
 
 #[test]
+fn input_may_come_with_the_start() {
+    let mut agent = Agent::new();
+    let function = Start { stdin: true, ..start(&["cat"]) };
+    agent.say(Kind::Start, &function.encode().unwrap());
+    agent.say(Kind::Stdin, b"words");
+    agent.say(Kind::StdinEnd, &[]);
+    assert_eq!(agent.hear(), Some(Said::Started));
+    assert_eq!(agent.finish().text(), "words");
+    // Where it does not come to a start as well.
+    let mut agent = Agent::new();
+    let function = Start { stdin: true, ..start(&["no-such-program"]) };
+    agent.say(Kind::Start, &function.encode().unwrap());
+    agent.say_too_much();
+    assert!(matches!(agent.hear(), Some(Said::Refused(_))));
+    for _ in 0..20 {
+        agent.say_too_much();
+    }
+}
+
+#[test]
 fn a_function_may_close_everything_and_go_on() {
     let script = "exec <&- >&- 2>&-; i=0; while [ $i -lt 10000 ]; do i=$((i + 1)); done; exit 5";
     assert_eq!(run(&sh(script)).exit.code, 5);
@@ -96,6 +116,11 @@ fn the_agent_waits_without_spinning() {
     agent.say(Kind::StdinEnd, &[]);
     assert!(matches!(agent.hear(), Some(Said::Stdout(_))));
     assert_rests(&agent, "a function that closed its input");
+
+    let mut agent = Agent::new();
+    agent.start(&start(&["true"]));
+    assert!(matches!(agent.hear(), Some(Said::Exited(_))));
+    assert_rests(&agent, "a daemon that does not hang up");
 
     let mut agent = Agent::new();
     agent.start(&start(&["yes"]));

@@ -264,6 +264,7 @@ pub(crate) fn refusal(start: &Start) -> Refusal {
     agent.say(Kind::Start, &start.encode().unwrap());
     match agent.hear() {
         Some(Said::Refused(refusal)) => {
+            agent.channel = None;
             assert_eq!(agent.hear(), None);
             refusal
         }
