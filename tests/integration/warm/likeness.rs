@@ -31,6 +31,14 @@ const PECULIAR: [&str; 9] = [
 fn common(mut outcome: Value) -> Value {
     let fields = outcome.as_object_mut().unwrap();
     fields.retain(|name, _| !PECULIAR.contains(&name.as_str()));
+    // The init process names itself by a number that two containers made for a job need not share.
+    if let Some(stderr) = fields.get("stderr").and_then(Value::as_str)
+        && let Some((number, rest)) =
+            stderr.strip_prefix("[FATAL tini (").and_then(|rest| rest.split_once(')'))
+        && number.parse::<u32>().is_ok()
+    {
+        fields["stderr"] = json!(format!("[FATAL tini (n){rest}"));
+    }
     outcome
 }
 
