@@ -16,8 +16,8 @@ use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLOUT, Poll, Reaped, SIGCHLD,
 /// for one of them. It sees to the rest when the agent itself ends.
 const LINGER: Duration = Duration::from_secs(10);
 /// How long the beginning waits to be told together with what comes first. Whoever asks whether a
-/// function has begun can wait so long; a function that is being started has the processor meanwhile.
-const BEGINNING_WAITS: Duration = Duration::from_millis(20);
+/// function has begun can wait so long; meanwhile an interpreter that is starting has the processor.
+const BEGINNING_WAITS: Duration = Duration::from_millis(50);
 /// How long output waits for more of it, or for the end: that of most functions comes at once.
 const OUTPUT_WAITS: Duration = Duration::from_millis(1);
 /// Output of so many bytes waits for nothing.
