@@ -21,7 +21,7 @@
 //! |---|---|
 //! | [`cli`] | the command line, and the daemon's clients on it |
 //! | [`config`] | the settings: parsed, checked, redacted |
-//! | [`reference`] | what names an image |
+//! | [`reference`](mod@reference) | what names an image |
 //! | [`job`] | the vocabulary: job, outcome, error codes |
 //! | [`protocol`] | what travels over NATS: requests, records, outcomes, dead letters, subjects |
 //! | [`nats`] | the connection and its state |
