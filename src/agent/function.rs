@@ -102,10 +102,8 @@ fn own_environment() -> Vec<Vec<u8>> {
 }
 
 /// What a container would have that was created with `changes`, from what this one has: the engine's
-/// own variables first, then those of the request, then the image's.
-///
-/// HOME is special. It is the init process that sets it where it is unset or empty, so where a request
-/// has it empty, the container's own is the right one.
+/// own variables first, then those of the request, then the image's, and HOME where an init process
+/// set it.
 fn merge(own: Vec<Vec<u8>>, changes: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
     let (mut env, images): (Vec<_>, Vec<_>) =
         own.into_iter().partition(|variable| ENGINES.contains(&name(variable)));
