@@ -32,7 +32,7 @@ impl JobRun {
     /// Begins in a container that waits, if there is one. Returns when, or what stands in the way.
     ///
     /// # Errors
-    /// Something of the job may be left and cannot be removed.
+    /// Something of the job may be running and cannot be removed.
     async fn start_warm(&mut self, image: &Arc<Image>) -> Result<Result<Begun, Miss>, Failure> {
         let (idle, order) = match self.shared.pool.lease(&self.job, image) {
             Ok(leased) => leased,
@@ -47,10 +47,21 @@ impl JobRun {
         };
         self.told.send_replace(false);
         // What may have begun in it must not run beside what begins elsewhere.
-        run.cleanup().await.map_err(|error| {
-            let message = format!("a warm container failed and cannot be removed: {error}");
-            Failure::Transient(JobError::new(code::ENGINE_ERROR, message))
-        })?;
+        let mut removed = run.cleanup().await;
+        if removed.as_ref().is_err_and(|error| !error.may_be_running) {
+            // What failed since the engine was in its own way mostly succeeds at once.
+            removed = run.cleanup().await;
+        }
+        match removed {
+            Ok(()) => {}
+            Err(error) if error.may_be_running => {
+                let message = format!("a warm container failed and cannot be removed: {error}");
+                return Err(Failure::Transient(JobError::new(code::ENGINE_ERROR, message)));
+            }
+            Err(error) => {
+                tracing::warn!(job = %self.job.id, %error, "a warm container that failed stays behind for the reaper");
+            }
+        }
         self.warm = None;
         Ok(Err(miss))
     }

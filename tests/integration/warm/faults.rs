@@ -1,9 +1,11 @@
 //! Containers that wait, and engines, daemons and neighbours that do them harm.
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bollard::models::ContainerSummary;
 use bollard::query_parameters::{KillContainerOptions, ListVolumesOptions, RemoveContainerOptions};
+use futures::StreamExt;
 use futures::future::join_all;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -261,8 +263,12 @@ async fn an_agent_that_vanishes_is_delivered_again() {
 async fn an_engine_that_does_not_take_the_agent_is_told_of_once() {
     // Between the daemon and the engine, somebody answers one kind of call himself.
     let private = PrivateEngine::start().await;
-    let port = refuse(private.host(), "/volumes/worker-spawner-agent-").await;
-    let host = format!("tcp://127.0.0.1:{port}");
+    let host = intercept(private.host(), |call| {
+        let path = b"/volumes/worker-spawner-agent-";
+        let refused = call.windows(path.len()).any(|window| window == path);
+        async move { refused }
+    })
+    .await;
     let world = warm_world_on(private.engine().await, 2, &[("DOCKER_HOST", &host)]).await;
     let is_complaint = |event: &serde_json::Value| message_of(event).contains("jobs start cold");
     world.daemon.log().wait_for("it says why", is_complaint).await;
@@ -277,18 +283,78 @@ async fn an_engine_that_does_not_take_the_agent_is_told_of_once() {
     world.clean().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_container_that_has_ended_and_cannot_be_removed_yet_costs_no_attempt() {
+    // One refusal is made up for at once. After another the reaper sees to it, whose time does not come
+    // where there is but one.
+    let private = PrivateEngine::start().await;
+    for (refusals, reap_interval) in [(1, "1h"), (2, "1s")] {
+        let engine = private.engine().await;
+        let doomed = Arc::new(Mutex::new((String::new(), 0)));
+        let (docker, refused) = (engine.docker().clone(), doomed.clone());
+        let host = intercept(private.host(), move |call| {
+            let container = called(call, "DELETE").filter(|container| {
+                let (doomed, refusals) = &mut *refused.lock().unwrap();
+                let is_refused = container == doomed && *refusals > 0;
+                *refusals -= usize::from(is_refused);
+                is_refused
+            });
+            let docker = docker.clone();
+            async move {
+                let Some(container) = container else { return false };
+                // As from an engine that has killed it and cannot remove its files.
+                let _ = docker.kill_container(&container, None::<KillContainerOptions>).await;
+                let _ = docker.wait_container(&container, None).next().await;
+                true
+            }
+        })
+        .await;
+        let settings = [("DOCKER_HOST", host.as_str()), ("REAP_INTERVAL", reap_interval)];
+        let world = warm_world_on(engine, 1, &settings).await;
+        wait_for_waiting(&world, 1).await;
+        let container = ids(&world.idle().await).remove(0);
+        *doomed.lock().unwrap() = (container.clone(), refusals);
+        // Its agent will not take it: more than the kernel gives a program. The first ones may come
+        // before the daemon knows that it waits.
+        let request = json!({"parameter": ["echo", "x".repeat(200_000)]});
+        while doomed.lock().unwrap().1 > 0 {
+            let ended = world.execute(request.clone()).await;
+            assert_eq!(ended.outcome["attempt"], 1, "{}", ended.outcome);
+            assert_eq!(ended.outcome["start"], "cold", "{}", ended.outcome);
+            assert_ne!(ended.status(), "error", "{}", ended.outcome);
+        }
+        is_gone(&world, &container).await;
+        run_warm(&world, &json!({"parameter": "true"})).await;
+        world.clean().await;
+    }
+}
+
+/// The container that a call with this method is about, if it is one.
+fn called(call: &[u8], method: &str) -> Option<String> {
+    let line = String::from_utf8_lossy(call.split(|byte| *byte == b'\r').next()?).into_owned();
+    let path = line.strip_prefix(method)?;
+    let (_, container) = path.split_once("/containers/")?;
+    Some(container.split(['/', '?', ' ']).next()?.to_owned())
+}
+
 /// What an engine answers that will not.
 const REFUSAL: &[u8] = b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\n\
     Content-Length: 23\r\nConnection: close\r\n\r\n{\"message\":\"not today\"}";
 
-/// A way to the engine at `socket` on which calls of `path` are answered with an error. Open as long
-/// as the test's runtime is.
-async fn refuse(socket: String, path: &'static str) -> u16 {
+/// The address of a way to the engine at `socket` on which every call waits for `refused`, which says
+/// whether it is answered with an error. Open as long as the test's runtime is.
+async fn intercept<F>(
+    socket: String,
+    refused: impl Fn(&[u8]) -> F + Clone + Send + Sync + 'static,
+) -> String
+where
+    F: Future<Output = bool> + Send,
+{
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
         while let Ok((mut client, _)) = listener.accept().await {
-            let socket = socket.clone();
+            let (socket, refused) = (socket.clone(), refused.clone());
             tokio::spawn(async move {
                 let socket = socket.strip_prefix("unix://").unwrap();
                 let mut engine = UnixStream::connect(socket).await.unwrap();
@@ -299,7 +365,7 @@ async fn refuse(socket: String, path: &'static str) -> u16 {
                         read = client.read(&mut there), if is_open => {
                             let call = &there[..read.unwrap_or(0)];
                             // A call's first line comes in one piece: it begins a message.
-                            if call.windows(path.len()).any(|window| window == path.as_bytes()) {
+                            if refused(call).await {
                                 // Who does not wait for the answer has gone.
                                 let _ = client.write_all(REFUSAL).await;
                                 return;
@@ -322,7 +388,7 @@ async fn refuse(socket: String, path: &'static str) -> u16 {
             });
         }
     });
-    port
+    format!("tcp://127.0.0.1:{port}")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
