@@ -10,8 +10,8 @@ PROGRAMS='dockerd|containerd|containerd-shim.*|docker-proxy|docker-init|runc|nat
 
 in_engine() {
     if ! engine_answers; then return; fi
-    # Not what has no name: Docker 20.10 goes on listing a container that it removed in the moment of its end, and says
-    # itself that there is none.
+    # Not what has no name: Docker 20.10 may go on listing a container that it has removed, and says itself that there is
+    # none.
     docker ps -a --no-trunc --format '{{if .Names}}container {{.ID}} {{.Names}} {{.Image}} {{.Labels}}{{end}}' | sed '/^$/d'
     docker volume ls --format 'volume {{.Name}} {{.Labels}}'
     docker network ls --no-trunc --format 'network {{.ID}} {{.Name}}'

@@ -15,10 +15,10 @@ use bollard::query_parameters::{
 };
 use futures::StreamExt;
 use futures::future::{BoxFuture, FutureExt};
-use tokio_util::task::AbortOnDropHandle;
 
 use super::Shared;
 use super::engine::{CallError, Engine};
+use super::renaming::Renaming;
 use super::spec;
 use crate::backend::{CleanupError, Exit, Signal};
 use crate::job::{Failure, Job, JobError, JobId, Limits, Usage, code};
@@ -111,21 +111,20 @@ impl Container {
     }
 
     /// Gives it to a job, whose name it gets by and by: by then a name is of use to those who look,
-    /// and whoever waits for a short function does not wait for it. The renaming ends with what comes
-    /// back.
-    pub(super) fn serve(&mut self, id: &JobId) -> AbortOnDropHandle<()> {
+    /// and whoever waits for a short function does not wait for it. The renaming must have ended before
+    /// the container is removed.
+    pub(super) fn serve(&mut self, id: &JobId) -> Renaming {
         let name = name_for(id.as_str());
         self.shared.live().insert(name.clone());
         self.job_name = Some(name.clone());
         let (engine, handle) = (self.engine().clone(), self.handle());
-        AbortOnDropHandle::new(tokio::spawn(async move {
-            tokio::time::sleep(RENAME_AFTER).await;
+        Renaming::after(RENAME_AFTER, async move {
             let query = RenameContainerOptions { name };
             let rename = |d: Docker| async move { d.rename_container(&handle, query).await };
             if let Err(error) = engine.call("rename the container", rename).await {
                 tracing::debug!(%error, "a container keeps the name it had before it served");
             }
-        }))
+        })
     }
 
     /// Waits for the container's exit code.

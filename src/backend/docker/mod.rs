@@ -12,6 +12,7 @@ mod job_run;
 mod owner;
 mod progress;
 mod reap;
+mod renaming;
 mod spec;
 mod turns;
 mod warm;

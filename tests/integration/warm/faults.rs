@@ -10,6 +10,7 @@ use futures::future::join_all;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixStream};
+use tokio::sync::watch;
 
 use super::{is_warm, run_warm, shell, wait_for_waiting, warm_world, warm_world_on};
 use crate::support::daemon::{Daemon, message_of};
@@ -17,7 +18,7 @@ use crate::support::engine::{AGENT_VOLUMES, Engine, PrivateEngine};
 use crate::support::images::Image;
 use crate::support::process::{self, Signal};
 use crate::support::results::header;
-use crate::support::wait::eventually;
+use crate::support::wait::{PATIENCE, eventually, within};
 use crate::support::world::{World, held};
 
 fn ids(containers: &[ContainerSummary]) -> Vec<String> {
@@ -285,8 +286,8 @@ async fn an_engine_that_does_not_take_the_agent_is_told_of_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_container_that_has_ended_and_cannot_be_removed_yet_costs_no_attempt() {
-    // One refusal is made up for at once. After another the reaper sees to it, whose time does not come
-    // where there is but one.
+    // One refusal is made up for at once, while the reaper is kept away. After another the reaper sees
+    // to it.
     let private = PrivateEngine::start().await;
     for (refusals, reap_interval) in [(1, "1h"), (2, "1s")] {
         let engine = private.engine().await;
@@ -317,16 +318,60 @@ async fn a_container_that_has_ended_and_cannot_be_removed_yet_costs_no_attempt()
         // Its agent will not take it: more than the kernel gives a program. The first ones may come
         // before the daemon knows that it waits.
         let request = json!({"parameter": ["echo", "x".repeat(200_000)]});
-        while doomed.lock().unwrap().1 > 0 {
-            let ended = world.execute(request.clone()).await;
-            assert_eq!(ended.outcome["attempt"], 1, "{}", ended.outcome);
-            assert_eq!(ended.outcome["start"], "cold", "{}", ended.outcome);
-            assert_ne!(ended.status(), "error", "{}", ended.outcome);
-        }
+        within("its removal is refused", 2 * PATIENCE, async {
+            while doomed.lock().unwrap().1 > 0 {
+                let ended = world.execute(request.clone()).await;
+                assert_eq!(ended.outcome["attempt"], 1, "{}", ended.outcome);
+                assert_eq!(ended.outcome["start"], "cold", "{}", ended.outcome);
+                assert_ne!(ended.status(), "error", "{}", ended.outcome);
+            }
+        })
+        .await;
         is_gone(&world, &container).await;
         run_warm(&world, &json!({"parameter": "true"})).await;
         world.clean().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_container_that_gets_its_name_is_removed_when_it_has_it() {
+    let private = PrivateEngine::start().await;
+    let calls = Arc::new(Mutex::new(Vec::new()));
+    let (answers, answer) = watch::channel(false);
+    let seen = calls.clone();
+    let host = intercept(private.host(), move |call| {
+        let (renamed, removed) = (called(call, "POST"), called(call, "DELETE"));
+        let renamed = renamed.filter(|_| call.windows(8).any(|window| window == b"/rename?"));
+        if let Some(container) = removed {
+            seen.lock().unwrap().push(("removed", container));
+        }
+        let (seen, mut answer) = (seen.clone(), answer.clone());
+        async move {
+            if let Some(container) = renamed {
+                seen.lock().unwrap().push(("is renamed", container.clone()));
+                answer.wait_for(|is_given| *is_given).await.unwrap();
+                seen.lock().unwrap().push(("renamed", container));
+            }
+            false
+        }
+    })
+    .await;
+    let world = warm_world_on(private.engine().await, 1, &[("DOCKER_HOST", &host)]).await;
+    run_warm(&world, &shell("sleep 2")).await;
+    let container = {
+        let calls = calls.lock().unwrap();
+        let renamed = calls.iter().find(|(what, _)| *what == "is renamed");
+        renamed.expect("it gets a name while it runs").1.clone()
+    };
+    // An engine that takes its time. A daemon that does not wait would have it removed by then.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    answers.send_replace(true);
+    is_gone(&world, &container).await;
+    let mut calls = calls.lock().unwrap().clone();
+    calls.retain(|(_, of)| *of == container);
+    let calls: Vec<&str> = calls.iter().map(|(what, _)| *what).collect();
+    assert_eq!(calls, ["is renamed", "renamed", "removed"]);
+    world.clean().await;
 }
 
 /// The container that a call with this method is about, if it is one.

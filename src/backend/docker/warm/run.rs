@@ -13,6 +13,7 @@ use super::line::{self, Ear, Lost, Voice};
 use crate::agent::dialogue::Said;
 use crate::agent::frame::{self, Kind, MAX_DATA};
 use crate::backend::docker::container::Container;
+use crate::backend::docker::renaming::Renaming;
 use crate::backend::{CleanupError, Event, Exit, Signal};
 use crate::capture::Stream;
 use crate::job::{Failure, Job, JobError, Limits, Usage, code};
@@ -63,7 +64,7 @@ pub(in crate::backend::docker) struct WarmRun {
     inquest: Option<BoxFuture<'static, Result<Exit, Failure>>>,
     /// Feeds standard input; ends with the run.
     feeding: Option<AbortOnDropHandle<()>>,
-    _renaming: AbortOnDropHandle<()>,
+    renaming: Option<Renaming>,
 }
 
 impl WarmRun {
@@ -80,7 +81,7 @@ impl WarmRun {
             exited: false,
             inquest: None,
             feeding: None,
-            _renaming: renaming,
+            renaming: Some(renaming),
         }
     }
 
@@ -191,6 +192,10 @@ impl WarmRun {
         // The line first: an engine that cannot write to it holds on to the container.
         self.hang_up();
         self.inquest = None;
+        if let Some(renaming) = &mut self.renaming {
+            renaming.end().await;
+            self.renaming = None;
+        }
         if self.exited {
             // Docker 20.10 lists a container for ever, without a name, that is removed in the moment of
             // its end. Over either way: what does not end by itself is killed.
