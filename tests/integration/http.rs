@@ -16,6 +16,8 @@ use crate::support::wait::eventually;
 use crate::support::world::World;
 
 const ANY_PORT: (&str, &str) = ("HTTP_ADDR", "127.0.0.1:0");
+/// Traces are exported. No collector is needed to count what does not get there.
+const EXPORTING: (&str, &str) = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1");
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn an_address_that_cannot_be_had_is_named() {
@@ -247,9 +249,7 @@ fn file(path: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn what_is_written_of_metrics_is_what_there_is() {
-    // No collector is needed to count what does not get there.
-    let exporting = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1");
-    let world = World::durable(&[ANY_PORT, exporting]).await;
+    let world = World::durable(&[ANY_PORT, EXPORTING]).await;
     let addr = address(&world.daemon).await;
     eventually("the depth of the queue is known", || async {
         Metrics::of(addr).await.get("queue_requests{priority=\"high\"}").is_some()
@@ -316,7 +316,7 @@ fn promtool_accepts_the_rules_and_the_configuration() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn prometheus_scrapes_a_daemon_under_load() {
-    let world = World::durable(&[ANY_PORT, ("MAX_CONTAINERS", "3")]).await;
+    let world = World::durable(&[ANY_PORT, EXPORTING, ("MAX_CONTAINERS", "3")]).await;
     let addr = address(&world.daemon).await;
     let prometheus = Prometheus::watching(addr).await;
     prometheus.finds("up{job=\"worker-spawner\"}", |up| up == 1.0).await;
