@@ -102,8 +102,9 @@ pub enum Command {
     ///
     /// Reads the settings as the daemon would, and looks at NATS, the streams, the permissions, the
     /// engine, the registries' credentials and the disk. Changes nothing. With --run it hands in one
-    /// job, too, and waits for its end. The exit code is 0 when nothing failed, 1 when something did,
-    /// and 78 when the settings are wrong.
+    /// job, too, and waits for its end; Ctrl-C has it cancelled. The exit code is 0 when nothing
+    /// failed, 1 when something did, 78 when the settings are wrong, and with --run 130 or 143 after
+    /// SIGINT or SIGTERM.
     Check(Check),
     /// Print a completion script for a shell.
     Completions {

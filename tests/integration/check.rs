@@ -5,7 +5,8 @@ mod trial;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -16,6 +17,8 @@ use crate::support::engine::PrivateEngine;
 use crate::support::nats::{Auth, NatsOptions, NatsServer, NatsVersion, PASSWORD};
 use crate::support::process::{bound_to_this_thread, exit_of, free_port};
 use crate::support::wait::PATIENCE;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_worker-spawner");
 
 /// What `check` said.
 struct Checked {
@@ -38,24 +41,42 @@ async fn check(settings: &Settings) -> Checked {
 
 /// The same, with these arguments.
 async fn check_with(settings: &Settings, arguments: &[&str]) -> Checked {
-    check_as(&[env!("CARGO_BIN_EXE_worker-spawner")], settings, arguments).await
+    check_as(&[PROGRAM], settings, arguments).await
 }
 
 async fn check_as(program: &[&str], settings: &Settings, arguments: &[&str]) -> Checked {
-    let home = tempfile::tempdir().unwrap();
-    let program = [program, &["check", "--json"], arguments].concat();
-    let mut child = command(&program, settings, &home).spawn().unwrap();
-    let mut stdout = child.stdout.take().unwrap();
-    let reading = std::thread::spawn(move || {
-        let mut printed = String::new();
-        stdout.read_to_string(&mut printed).unwrap();
-        printed
-    });
-    let code = exit_of(&mut child, PATIENCE).await.expect("check ends").code();
-    let printed = reading.join().unwrap();
-    assert!(!printed.contains(PASSWORD), "{printed}");
-    let findings = serde_json::from_str(&printed).unwrap_or_else(|_| panic!("no JSON: {printed}"));
-    Checked { code, findings }
+    Checking::begin(program, settings, arguments).end().await
+}
+
+/// A `check` under way.
+struct Checking {
+    child: Child,
+    reading: JoinHandle<String>,
+    _home: TempDir,
+}
+
+impl Checking {
+    fn begin(program: &[&str], settings: &Settings, arguments: &[&str]) -> Self {
+        let home = tempfile::tempdir().unwrap();
+        let program = [program, &["check", "--json"], arguments].concat();
+        let mut child = command(&program, settings, &home).spawn().unwrap();
+        let mut stdout = child.stdout.take().unwrap();
+        let reading = std::thread::spawn(move || {
+            let mut printed = String::new();
+            stdout.read_to_string(&mut printed).unwrap();
+            printed
+        });
+        Self { child, reading, _home: home }
+    }
+
+    async fn end(mut self) -> Checked {
+        let code = exit_of(&mut self.child, PATIENCE).await.expect("check ends").code();
+        let printed = self.reading.join().unwrap();
+        assert!(!printed.contains(PASSWORD), "{printed}");
+        let findings =
+            serde_json::from_str(&printed).unwrap_or_else(|_| panic!("no JSON: {printed}"));
+        Checked { code, findings }
+    }
 }
 
 impl Checked {

@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use async_nats::client::Request;
 use async_nats::{HeaderMap, RequestErrorKind};
 use bytes::Bytes;
@@ -25,8 +25,12 @@ use crate::finding::{Finding, Tell};
 use crate::job::{JobId, Status, code};
 use crate::protocol::record::State;
 use crate::protocol::time::rfc3339;
+use crate::shutdown::Signals;
 
 const CHECK: &str = "run";
+/// How things stand where a signal came early, and where a second one came.
+const NOT_HANDED_IN: &str = "no job was handed in";
+const LEFT: &str = "is left to its time limit";
 /// How many messages of one kind may wait to be looked at: there are few.
 const CAPACITY: usize = 64;
 
@@ -46,6 +50,28 @@ pub(super) struct Trial {
     command: Vec<String>,
 }
 
+/// What came of it.
+struct Tried {
+    finding: Finding,
+    /// The exit code that a signal stands for, where one ended it.
+    signalled: Option<u8>,
+}
+
+impl From<Finding> for Tried {
+    fn from(finding: Finding) -> Self {
+        Self { finding, signalled: None }
+    }
+}
+
+impl Tried {
+    /// Ended by the signal that `code` stands for; `what` says how things stand.
+    fn interrupted(code: u8, what: &str) -> Self {
+        let remedy = "try it again; --run-timeout says how long it may take";
+        let finding = Finding::fail(CHECK, format!("interrupted: {what}"), remedy);
+        Self { finding, signalled: Some(code) }
+    }
+}
+
 impl Trial {
     /// Whether it is asked for.
     pub(super) fn is_wanted(&self) -> bool {
@@ -53,18 +79,32 @@ impl Trial {
     }
 
     /// Makes it, if it is asked for. `durable` is whether the daemons take requests from a stream.
-    pub(super) async fn examine(&self, config: &Config, durable: bool, tell: Tell<'_>) {
-        let Some(image) = &self.image else { return };
+    /// Returns the exit code that a signal stands for, where one ended it.
+    pub(super) async fn examine(
+        &self,
+        config: &Config,
+        durable: bool,
+        tell: Tell<'_>,
+    ) -> Option<u8> {
+        let image = self.image.as_ref()?;
         let tried = async {
-            let link = connect(config).await?;
-            let found = self.on(&link, durable, image, config.policy.max_timeout).await;
+            // From here on Ctrl-C takes the job along.
+            let mut signals = Signals::install().context("signals cannot be handled")?;
+            let link = tokio::select! {
+                link = connect(config) => link?,
+                code = signals.next() => return Ok(Tried::interrupted(code, NOT_HANDED_IN)),
+            };
+            let max_timeout = config.policy.max_timeout;
+            let tried = self.on(&link, durable, image, max_timeout, &mut signals).await;
             link.close().await;
-            found
+            tried
         };
-        tell(tried.await.unwrap_or_else(|error: anyhow::Error| {
+        let Tried { finding, signalled } = tried.await.unwrap_or_else(|error: anyhow::Error| {
             let remedy = "mend what is named there; a user needs the rights of a caller for this, which the README lists";
-            Finding::fail(CHECK, format!("{error:#}"), remedy)
-        }));
+            Finding::fail(CHECK, format!("{error:#}"), remedy).into()
+        });
+        tell(finding);
+        signalled
     }
 
     async fn on(
@@ -73,38 +113,61 @@ impl Trial {
         durable: bool,
         image: &str,
         max_timeout: Duration,
-    ) -> anyhow::Result<Finding> {
+        signals: &mut Signals,
+    ) -> anyhow::Result<Tried> {
         let id = JobId::default();
-        if is_deserted(link, &id).await {
+        let is_deserted = tokio::select! {
+            is_deserted = is_deserted(link, &id) => is_deserted,
+            code = signals.next() => return Ok(Tried::interrupted(code, NOT_HANDED_IN)),
+        };
+        if is_deserted {
             return Ok(Finding::fail(
                 CHECK,
                 format!("no worker answers on {}", link.subjects.status),
                 "start a daemon: worker-spawner, with these settings; of others SUBJECT_PREFIX must be the same",
-            ));
+            )
+            .into());
         }
         let inbox = link.client.new_inbox();
         let request = serde_json::to_vec(&self.request(&id, image, &inbox, max_timeout))?.into();
         let begun = Instant::now();
         tokio::select! {
+            // Handed in before a signal is looked at: then there is something to cancel.
+            biased;
             answer = outcome(link, durable, &id, inbox, request) => {
-                Ok(judge(&answer?, begun.elapsed()))
+                Ok(judge(&answer?, begun.elapsed()).into())
             }
             complaint = link.news.refused(&link.subjects.execute) => {
                 bail!("the request is refused: {complaint}")
             }
-            () = tokio::time::sleep(self.run_timeout) => {
-                let record = records::look(link, &id).await;
-                let word = cancel::ask(link, &id).await;
-                let place = match (&record, &word) {
-                    (Ok(Some(record)), _) => Place::Recorded(record.state),
-                    (_, Ok(Word { waits: true, .. })) => Place::Queue,
-                    (_, Ok(Word { followed: true, .. })) => Place::Worker,
-                    (Ok(None), _) => Place::Queue,
-                    _ => Place::Unknown,
+            code = signals.next() => {
+                let word = tokio::select! {
+                    word = cancel::ask(link, &id) => {
+                        word.map_or_else(|error| format!("{error:#}"), |word| word.text)
+                    }
+                    _ = signals.next() => format!("{id} {LEFT}"),
                 };
-                Ok(late(place, self.run_timeout, word.err().as_ref()))
+                Ok(Tried::interrupted(code, &word))
             }
+            () = tokio::time::sleep(self.run_timeout) => tokio::select! {
+                finding = self.give_up(link, &id) => Ok(finding.into()),
+                code = signals.next() => Ok(Tried::interrupted(code, &format!("{id} {LEFT}"))),
+            },
         }
+    }
+
+    /// Has a job cancelled that took too long, and says what it did meanwhile.
+    async fn give_up(&self, link: &Link, id: &JobId) -> Finding {
+        let record = records::look(link, id).await;
+        let word = cancel::ask(link, id).await;
+        let place = match (&record, &word) {
+            (Ok(Some(record)), _) => Place::Recorded(record.state),
+            (_, Ok(Word { waits: true, .. })) => Place::Queue,
+            (_, Ok(Word { followed: true, .. })) => Place::Worker,
+            (Ok(None), _) => Place::Queue,
+            _ => Place::Unknown,
+        };
+        late(place, self.run_timeout, word.err().as_ref())
     }
 
     fn request(&self, id: &JobId, image: &str, inbox: &str, max_timeout: Duration) -> Value {

@@ -1,15 +1,17 @@
 //! `check --run`: one job goes the whole way, or it is said what stops it.
 
+use bollard::models::ContainerSummary;
+
 use crate::support::daemon::{Daemon, Settings};
 use crate::support::engine::Engine;
 use crate::support::images::Image;
 use crate::support::nats::{Auth, NatsOptions, NatsServer, NatsVersion};
-use crate::support::process::free_port;
+use crate::support::process::{self, Signal, free_port};
 use crate::support::results::header;
 use crate::support::wait::eventually;
 use crate::support::world::World;
 
-use super::{Checked, LISTED, check_with};
+use super::{Checked, Checking, LISTED, PROGRAM, check_with};
 
 /// Has such a job tried.
 async fn tried(settings: &Settings, arguments: &[&str]) -> Checked {
@@ -90,6 +92,34 @@ async fn a_job_that_takes_too_long_is_given_up() {
     .await;
     world.clean().await;
     core.clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn an_interrupt_takes_the_job_along() {
+    for world in [World::start(&[]).await, World::durable(&[]).await] {
+        let script = format!("exec sleep 1000; : {}", world.id());
+        let arguments = ["--run", &world.image, "--run-timeout", "1h", "--", "sh", "-c", &script];
+        let checking = Checking::begin(&[PROGRAM], &world.settings, &arguments);
+        let is_its = |found: &ContainerSummary| {
+            found.command.as_ref().is_some_and(|command| command.contains(&script))
+        };
+        let container = || async {
+            let found = world.engine.containers().await.into_iter().find(is_its);
+            found.map(|found| found.status.unwrap_or_default())
+        };
+        eventually("it runs", || async {
+            container().await.is_some_and(|status| status.starts_with("Up"))
+        })
+        .await;
+        process::send(checking.child.id(), Signal::INT);
+        let checked = checking.end().await;
+        assert_eq!(checked.code, Some(130), "{:#?}", checked.findings);
+        assert_eq!(checked.listed(), [&LISTED[..], &["run"]].concat());
+        let found = checked.of("run", "fail")[0]["detail"].as_str().unwrap();
+        assert!(found.starts_with("interrupted: "), "{found}");
+        assert!(found.ends_with(" is being stopped"), "{found}");
+        eventually("its container is gone", || async { container().await.is_none() }).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
