@@ -24,8 +24,6 @@ const START_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a container may take to be seen to have ended after its line did, or after it was hung up
 /// on: longer than an agent waits for that.
 const END_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a container whose agent has told the end is left to end by itself.
-const EXIT_PATIENCE: Duration = Duration::from_secs(1);
 /// Exit code of a process that SIGKILL ended.
 const KILLED: i64 = 128 + 9;
 
@@ -195,11 +193,6 @@ impl WarmRun {
         if let Some(renaming) = &mut self.renaming {
             renaming.end().await;
             self.renaming = None;
-        }
-        if self.exited {
-            // Docker 20.10 lists a container for ever, without a name, that is removed in the moment of
-            // its end. Over either way: what does not end by itself is killed.
-            let _ = tokio::time::timeout(EXIT_PATIENCE, self.container.exit_code()).await;
         }
         self.container.remove().await
     }
