@@ -615,7 +615,7 @@ async fn a_terminated_engine_costs_each_job_an_attempt_at_most() {
 async fn a_frozen_engine_loses_nothing() {
     let private = PrivateEngine::start().await;
     let nats = NatsServer::with(NatsOptions::durable(server_version())).await;
-    let settings = [("ENGINE_TIMEOUT", "2s"), ("MAX_DELIVER", "10")];
+    let settings = [("ENGINE_TIMEOUT", "5s"), ("MAX_DELIVER", "10")];
     let fleet = Fleet::on(nats, private.engine().await, 2, &settings).await;
     let held = fleet.hold().await;
     private.freeze();
